@@ -1,0 +1,30 @@
+"""What every launch script does around its work: logging, errors as one clear message, exit codes.
+
+Exit codes: 0 done, 1 other error, 2 bad config, 3 bad data, 4 bad checkpoint, 5 diverged, 75 stopped when asked, start
+again to go on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from cprec.errors import CPRecError
+from cprec.log import setup_logging
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and exit with what it returns (None is 0); a CPRecError becomes its message and its exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    setup_logging(rank)
+    try:
+        code = main() or 0
+    except CPRecError as e:
+        if rank == 0:  # the other ranks found the same
+            print(f"\n{type(e).__name__}: {e}", file=sys.stderr)
+        code = e.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

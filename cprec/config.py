@@ -1,0 +1,237 @@
+"""The run config: one typed, immutable tree, read from YAML with dotted overrides, all problems reported at once.
+
+reads: the run's YAML file. writes: `run/config.yaml`, resolved, which is itself a valid config. The run config owns
+batch sizes, rate, clip and precision; `ds_configs/*.json` own ZeRO, offload and communication, and may not name a key
+that this file owns.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from cprec.attention import BACKENDS
+from cprec.errors import ConfigError, did_you_mean, raise_all
+from cprec.schedule import Schedule, check_shape
+from cprec.settings import Settings
+
+OWNED_HERE = {
+    "train_batch_size": "batch.global_batch_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.global_batch_size and batch.micro_batch_size",
+    "gradient_clipping": "optimizer.grad_clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+"""Keys of a DeepSpeed config that the run config owns, and where."""
+
+
+class Length(Settings):
+    """A stretch of training, in exactly one unit: optimizer steps, tokens of packed rows, or a share of the run."""
+
+    steps: int | None = Field(None, ge=0)
+    tokens: float | None = Field(None, gt=0)
+    share: float | None = Field(None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Self:
+        given = [n for n in ("steps", "tokens", "share") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a length needs exactly one of steps, tokens, share; given: {given or 'none'}")
+        return self
+
+    def in_steps(self, *, tokens_per_step: int, total_steps: int | None = None) -> int:
+        """The length in optimizer steps, rounded to the nearest; a share is of `total_steps`."""
+        if self.steps is not None:
+            return self.steps
+        if self.tokens is not None:
+            return round(self.tokens / tokens_per_step)
+        assert self.share is not None and total_steps is not None
+        return round(self.share * total_steps)
+
+
+class ModelConfig(Settings):
+    """Which model to continue, and how it computes."""
+
+    path: str
+    """Local Hugging Face folder, or hub name."""
+    attention: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 with float32 master weights on a GPU, float32 on a CPU."""
+    activation_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+    @field_validator("attention")
+    @classmethod
+    def _known_backend(cls, name: str) -> str:
+        if name not in {*BACKENDS, "auto"}:
+            raise ValueError(f"unknown attention backend; {did_you_mean(name, [*BACKENDS, 'auto'])}")
+        return name
+
+
+class MixConfig(Settings):
+    """Mixing weights by phase: corpus name or pattern (`specific/*`) -> share of the rows; null: in proportion to size.
+
+    `anneal: null` keeps the weights of the stable phase.
+    """
+
+    warmup: dict[str, float] | None = None
+    stable: dict[str, float] | None = None
+    anneal: dict[str, float] | None = None
+
+
+class DataConfig(Settings):
+    """What is read."""
+
+    packed: str
+    """Folder of packed corpora, as `launch/prepare.py` left it."""
+    mix: MixConfig = MixConfig()
+    seed: int = 0
+    """Decides the order of the rows."""
+    verify: Literal["open", "full"] = "open"
+    """`open`: sizes of all shards; `full`: also their hashes, before the first step."""
+    allow_unaudited: bool = False
+    """Train on corpora whose leak audit is missing or failed."""
+
+
+class BatchConfig(Settings):
+    """Rows per optimizer step and per forward. Accumulation follows from the world size."""
+
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+
+
+class OptimizerConfig(Settings):
+    """AdamW. Weight decay leaves out norms and biases (every parameter of fewer than two dimensions)."""
+
+    peak_lr: PositiveFloat
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.1, ge=0)
+    grad_clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+
+
+class AnnealConfig(Settings):
+    """The annealing phase: the last `length` of the run, down to `final_lr_ratio` times the stable rate."""
+
+    length: Length
+    shape: str = "sqrt"
+    final_lr_ratio: float = 0.1
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        try:
+            check_shape(self.shape, self.final_lr_ratio)
+        except ConfigError as e:
+            raise ValueError(str(e)) from None
+        return self
+
+
+class ScheduleConfig(Settings):
+    """Warmup-Stable-Annealing. Without `anneal` the run stays at its stable rate, as a trunk for branches."""
+
+    total: Length
+    warmup: Length = Length(share=0.02)
+    anneal: AnnealConfig | None = None
+
+    @model_validator(mode="after")
+    def _total_is_absolute(self) -> Self:
+        if self.total.share is not None:
+            raise ValueError("total.share has nothing to be a share of; give total.steps or total.tokens")
+        return self
+
+
+class CheckpointConfig(Settings):
+    """When checkpoints are written and which are kept. Those of the stable phase at multiples of `keep_stable_every`
+    are never pruned: branches start from them."""
+
+    every: PositiveInt = 1000
+    keep_last: PositiveInt = 2
+    keep_stable_every: PositiveInt | None = None
+
+
+class ValidationConfig(Settings):
+    """Loss per validation corpus, on rows drawn once, every so many steps and at the end; `every: null`: never."""
+
+    every: PositiveInt | None = 500
+    rows_per_corpus: PositiveInt = 64
+
+
+class ParentConfig(Settings):
+    """Where a branch starts: written by launch/anneal.py."""
+
+    run_dir: str
+    step: int
+    state_hash: str
+    """Xxh3-128 of the parent checkpoint's state.json, which names every file of it with its hash."""
+
+
+class RunConfig(Settings):
+    """Everything that decides a run."""
+
+    run_dir: str
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    deepspeed: str = "ds_configs/zero3.json"
+    """DeepSpeed config: ZeRO, offload and communication only."""
+    log_every: PositiveInt = 10
+    max_bad_steps: int = Field(10, ge=0)
+    """Steps with a non-finite loss or gradient that may be skipped before the run stops."""
+    parent: ParentConfig | None = None
+
+    def build_schedule(self, *, tokens_per_step: int) -> Schedule:
+        """The run's schedule in steps. Raises ConfigError listing every phase that does not fit."""
+        s = self.schedule
+        total = s.total.in_steps(tokens_per_step=tokens_per_step)
+        warmup = s.warmup.in_steps(tokens_per_step=tokens_per_step, total_steps=total)
+        anneal = s.anneal.length.in_steps(tokens_per_step=tokens_per_step, total_steps=total) if s.anneal else 0
+        problems = []
+        if total < 1:
+            problems.append(f"schedule.total={s.total.model_dump(exclude_none=True)} is {total} steps of "
+                            f"{tokens_per_step:,} tokens; give at least one step")
+        if warmup + anneal > total:
+            problems.append(f"schedule.warmup ({warmup} steps) and schedule.anneal ({anneal} steps) do not fit into "
+                            f"schedule.total ({total} steps); shorten them or lengthen the run")
+        if s.anneal and anneal < 1:
+            problems.append(f"schedule.anneal.length={s.anneal.length.model_dump(exclude_none=True)} is less than one "
+                            f"step of {tokens_per_step:,} tokens; lengthen it, or set schedule.anneal=null")
+        raise_all(problems, of="schedule")
+        trunk = Schedule(self.optimizer.peak_lr, warmup, total)
+        return trunk.branch(total - anneal, anneal, s.anneal.shape, s.anneal.final_lr_ratio) if s.anneal else trunk
+
+
+def check_batch(batch: BatchConfig, world_size: int) -> list[str]:
+    """Problems of the batch sizes on `world_size` ranks: empty, or one sentence with the nearest sizes that work."""
+    unit = batch.micro_batch_size * world_size
+    if batch.global_batch_size % unit == 0:
+        return []
+    below = batch.global_batch_size // unit * unit
+    near = " or ".join(str(n) for n in (below, below + unit) if n)
+    return [f"batch.global_batch_size={batch.global_batch_size} rows does not divide by micro_batch_size="
+            f"{batch.micro_batch_size} x world_size={world_size} (={unit}); nearest: {near}"]
+
+
+def load_deepspeed_config(path: str) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run. Raises ConfigError when it is unreadable or holds a key that the run config owns."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"deepspeed={path!r} cannot be read: {e.strerror}; see ds_configs/") from None
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"deepspeed={path!r} is not valid JSON: {e}") from None
+    raise_all([f"{key} is also set by the run config, as {OWNED_HERE[key]}; remove it from {path}"
+               for key in values if key in OWNED_HERE], of=path)
+    return dict(values)
+
+

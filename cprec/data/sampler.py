@@ -1,0 +1,197 @@
+"""Which row of which corpus stands at global position g: pure arithmetic, no index array, no state but g.
+
+Position g counts the rows that the run has consumed. The phase's mixing weights give each position its corpus, by
+quotas that never drift; a keyed permutation of the corpus per epoch gives the row. Any rank of any world size, and any
+tool, computes the same answer from (seed, phases, g). Memory: one pattern of 16,384 small integers per phase; nothing
+grows with the corpus.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from cprec.errors import did_you_mean, raise_all
+
+Ints = npt.NDArray[np.int64]
+Uints = npt.NDArray[np.uint64]
+PERIOD = 16384
+"""Mixing weights are honoured in units of 1/16384; over every period exactly."""
+ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From global position `start_row` on, rows are drawn by `quotas`: rows of each corpus in every PERIOD rows."""
+
+    start_row: int
+    quotas: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Position:
+    """What stands at positions g0, g0 + 1, ...: corpus number, row in the corpus, epoch of the corpus; (n,) each."""
+
+    corpus: Ints
+    row: Ints
+    epoch: Ints
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The run's order of rows over corpora of `sizes` rows each. Phases are in order; the first starts at 0."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    phases: tuple[Phase, ...]
+    seed: int
+
+    def rows(self, start: int, n: int) -> Position:
+        """Positions `start` to `start + n`. Costs O(n), wherever `start` is."""
+        positions = np.arange(start, start + n, dtype=np.int64)
+        corpus = np.empty(n, dtype=np.int64)
+        count = np.empty(n, dtype=np.int64)  # how many rows of its corpus the run drew before this one
+        for k, phase in enumerate(self.phases):
+            end = self.phases[k + 1].start_row if k + 1 < len(self.phases) else None
+            here = (positions >= phase.start_row) & (positions < end if end is not None else True)
+            if here.any():
+                corpus[here], drawn = _draw(phase.quotas, positions[here] - phase.start_row)
+                count[here] = drawn + self._drawn_before[k][corpus[here]]
+        size = np.asarray(self.sizes, dtype=np.int64)[corpus]
+        epoch, place = count // size, count % size
+        row = np.empty(n, dtype=np.int64)
+        for c, e in {(int(c), int(e)) for c, e in zip(corpus, epoch, strict=True)}:
+            here = (corpus == c) & (epoch == e)
+            row[here] = permute(place[here], self.sizes[c], key=(self.seed, self.names[c], e))
+        return Position(corpus, row, epoch)
+
+    def drawn(self, end: int) -> Ints:
+        """Rows of each corpus drawn before global position `end`: (n_corpora,)."""
+        k = max(i for i, phase in enumerate(self.phases) if phase.start_row <= end)
+        within = _drawn_until(self.phases[k].quotas, end - self.phases[k].start_row)
+        return self._drawn_before[k] + within
+
+    @cached_property
+    def _drawn_before(self) -> list[Ints]:
+        """Rows of each corpus drawn before the start of each phase."""
+        before = [np.zeros(len(self.names), dtype=np.int64)]
+        for phase, after in zip(self.phases, self.phases[1:], strict=False):
+            before.append(before[-1] + _drawn_until(phase.quotas, after.start_row - phase.start_row))
+        return before
+
+
+def quotas_of(weights: Sequence[float]) -> tuple[int, ...]:
+    """Weights as whole rows per PERIOD (largest remainder; a positive weight gets at least one row)."""
+    share = np.asarray(weights, dtype=np.float64) / sum(weights) * PERIOD
+    quotas = np.where(share > 0, np.maximum(np.floor(share), 1), 0).astype(np.int64)
+    order = np.argsort(-(share - np.floor(share)), kind="stable")
+    order = order[share[order] > 0]
+    i = 0
+    while quotas.sum() < PERIOD:
+        quotas[order[i % len(order)]] += 1
+        i += 1
+    while quotas.sum() > PERIOD:  # many tiny weights were lifted to one row: the largest gives
+        quotas[np.argmax(quotas)] -= 1
+    return tuple(int(q) for q in quotas)
+
+
+def resolve_mix(mix: Mapping[str, float] | None, tokens: Mapping[str, int], *, field: str) -> dict[str, float]:
+    """Weight of every corpus by name; `mix` maps names or patterns (`specific/*`) to weights, None means by size.
+
+    A pattern's weight is shared among its corpora in proportion to their tokens. `tokens`: real tokens per training
+    corpus. Raises ConfigError listing every entry that matches nothing or has an impossible weight.
+    """
+    weights = dict.fromkeys(tokens, 0.0)
+    problems: list[str] = []
+    for pattern, weight in ({"*": 1.0} if mix is None else mix).items():
+        matched = fnmatch.filter(tokens, pattern)
+        if not matched:
+            problems.append(f"{field}.{pattern}: no training corpus of that name; {did_you_mean(pattern, tokens)}")
+        if not 0 <= weight < float("inf"):
+            problems.append(f"{field}.{pattern}={weight}: a weight must be a number >= 0")
+        total = sum(tokens[name] for name in matched)
+        for name in matched:
+            weights[name] += weight * tokens[name] / total
+    if not problems and sum(weights.values()) <= 0:
+        problems.append(f"{field}: all weights are zero; give at least one corpus a positive weight")
+    raise_all(problems, of="mixture")
+    return weights
+
+
+def permute(place: Ints, size: int, *, key: tuple[int, str, int]) -> Ints:
+    """Row at each place (0 <= place < size) of a keyed pseudorandom permutation of range(size).
+
+    A balanced Feistel network over the smallest even number of bits that holds `size`, with cycle walking: values
+    outside the range go through again, fewer than four times on average. O(1) memory at any size.
+    """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half_bits) - 1)
+    shift = np.uint64(half_bits)
+    keys = _round_keys(key)
+    out = place.astype(np.uint64)
+    todo = np.ones(len(out), dtype=bool)
+    while todo.any():
+        x = out[todo]
+        left, right = x >> shift, x & mask
+        for k in keys:
+            left, right = right, left ^ (_mix(right ^ k) & mask)
+        out[todo] = (left << shift) | right
+        todo &= out >= np.uint64(size)
+    return out.astype(np.int64)
+
+
+@lru_cache(maxsize=256)
+def _round_keys(key: tuple[int, str, int]) -> tuple[np.uint64, ...]:
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
+    return tuple(np.uint64(int.from_bytes(digest[i:i + 8], "little")) for i in range(0, len(digest), 8))
+
+
+def _mix(x: Uints) -> Uints:
+    """The finalizer of SplitMix64 (Steele et al. 2014): every input bit moves every output bit."""
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@lru_cache(maxsize=64)
+def _pattern(quotas: tuple[int, ...]) -> tuple[Ints, Ints]:
+    """Corpus at each position of one period, and how many of its rows came before it in the period: (PERIOD,) each.
+
+    The chairman assignment of Tijdeman (1980): after every position each corpus is within one row of its exact share.
+    """
+    q = np.asarray(quotas, dtype=np.int64)
+    active = np.flatnonzero(q)
+    q = q[active]
+    slack = 2 * max(len(active) - 1, 1)  # all terms are scaled by PERIOD * slack, so that they stay integers
+    given = np.zeros(len(active), dtype=np.int64)
+    corpus = np.empty(PERIOD, dtype=np.int64)
+    before = np.empty(PERIOD, dtype=np.int64)
+    for t in range(1, PERIOD + 1):
+        owed = slack * (q * t - given * PERIOD)
+        waiting = np.where(owed >= PERIOD, (PERIOD * (slack - 1) - owed) / q, np.inf)
+        winner = int(np.argmin(waiting))
+        corpus[t - 1], before[t - 1] = active[winner], given[winner]
+        given[winner] += 1
+    assert (given == q).all(), (given, q)
+    return corpus, before
+
+
+def _draw(quotas: tuple[int, ...], offset: Ints) -> tuple[Ints, Ints]:
+    """Corpus at each offset into a phase, and how many of its rows the phase drew before."""
+    corpus, before = _pattern(quotas)
+    period, place = offset // PERIOD, offset % PERIOD
+    return corpus[place], period * np.asarray(quotas, dtype=np.int64)[corpus[place]] + before[place]
+
+
+def _drawn_until(quotas: tuple[int, ...], n: int) -> Ints:
+    """Rows of each corpus among the first n of a phase."""
+    corpus, _ = _pattern(quotas)
+    head = np.bincount(corpus[:n % PERIOD], minlength=len(quotas)).astype(np.int64)
+    return np.asarray(quotas, dtype=np.int64) * (n // PERIOD) + head

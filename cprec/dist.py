@@ -1,0 +1,94 @@
+"""Who this process is among the ranks of a run, and the few collectives we use ourselves. torch.distributed only.
+
+reads: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as `deepspeed` and `torchrun` set them; without them,
+one process is a world of one. Under pure data parallelism (ZeRO) the data-parallel rank is the rank.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as torch_dist
+
+
+def rank() -> int:
+    """Number of this process among all, 0-based."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, 0-based."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def init() -> None:
+    """Join the run's process group (NCCL on GPUs, gloo on CPUs) and take this rank's share of the machine's cores."""
+    if torch_dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+        torch_dist.init_process_group("nccl", device_id=device())
+    else:
+        _take_cores(int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size()))
+        torch_dist.init_process_group("gloo")
+
+
+def shutdown() -> None:
+    """Leave the process group; without it NCCL complains at exit, and a rank that failed keeps the others waiting."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every rank; nothing to wait for outside a process group."""
+    if torch_dist.is_initialized() and world_size() > 1:
+        torch_dist.barrier()
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Element-wise sum over all ranks, in float64."""
+    return _reduce(values, torch_dist.ReduceOp.SUM)
+
+
+def max_over_ranks(values: Sequence[float]) -> list[float]:
+    """Element-wise maximum over all ranks, in float64."""
+    return _reduce(values, torch_dist.ReduceOp.MAX)
+
+
+def _reduce(values: Sequence[float], op: torch_dist.ReduceOp.RedOpType) -> list[float]:
+    if not torch_dist.is_initialized() or world_size() == 1:
+        return [float(v) for v in values]
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    torch_dist.all_reduce(tensor, op=op)
+    return [float(v) for v in tensor.tolist()]
+
+
+def _take_cores(ranks_here: int) -> None:
+    """Give every rank of a CPU machine an equal slice of its cores: ranks that share cores slow each other down."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // max(ranks_here, 1))
+    torch.set_num_threads(share)
+    first = local_rank() * share
+    if ranks_here > 1 and first + share <= len(cores):
+        os.sched_setaffinity(0, cores[first:first + share])
+
+
+def _free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])

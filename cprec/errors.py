@@ -1,0 +1,62 @@
+"""Errors that a user can cause, and the exit codes that scripts and schedulers act on.
+
+reads: nothing. writes: nothing. Invariants that only we can break are `assert`, not these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CPRecError(Exception):
+    """Base of every error whose cause and remedy lie with the user; `launch/` prints it without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(CPRecError):
+    """A configuration that cannot run: names every field at fault, its value and the way out."""
+
+    exit_code = 2
+
+
+class DataError(CPRecError):
+    """Input data or a prepared artifact that cannot be used: names the file, the column or the row."""
+
+    exit_code = 3
+
+
+class CheckpointError(CPRecError):
+    """A checkpoint or run folder that cannot be used: names the folder and what is wrong with it."""
+
+    exit_code = 4
+
+
+class DivergedError(CPRecError):
+    """Training that no longer makes sense (non-finite losses beyond the limit): names the step and its rows."""
+
+    exit_code = 5
+
+
+EXIT_REQUEUE = 75
+"""Exit code (EX_TEMPFAIL) of a run that was asked to stop, saved, and wants to be started again."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A clause for an error message: the nearest known names, or all of them when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3)
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    return f"known: {', '.join(known)}" if known else "none is known"
+
+
+def raise_all(problems: list[str], *, of: str, error: type[CPRecError] = ConfigError) -> None:
+    """Raise one `error` that lists every problem found, or return when there is none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise error(f"{of}: {problems[0]}")
+    listed = "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1))
+    raise error(f"{of}: {len(problems)} problems\n{listed}")

@@ -1,0 +1,345 @@
+"""The border between preparation and training: packed shards, their manifest, prompt templates. Writer and reader.
+
+A corpus is a folder with `shard-00000.arrow`, ... and `manifest.json`, which is written last, by rename: a folder
+without one is unfinished. A shard is one uncompressed Arrow IPC file holding one record batch, read by memory map
+without a copy:
+
+    input_ids  fixed_size_list<uint16|uint32>[seq_len]   tokens of the row's documents, then padding
+    doc_lens   list<int32>    lengths of its documents in tokens, then of the padding iff n_pad > 0; sum is seq_len
+    doc_ids    list<int64>    which document each is (its row in the corpus's `documents.parquet`); none for padding
+    n_pad      int32          tokens of padding at the row's end
+
+Costs: the writer holds one shard; the reader holds none, it maps them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cprec.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Ints = npt.NDArray[np.int64]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Template(_Record):
+    """How a history becomes text: `lead_in`, then one `item_line` per item, then the end-of-sequence token.
+
+    Every segment ends in a newline and no segment starts with white space, so that every border is one that
+    tokenizers never merge across; preparation proves it for the tokenizer at hand. The only field that every item
+    has is `{title}`; others (`{domain}`, `{brand}`, ...) are empty where the catalogue has none.
+    """
+
+    name: str
+    version: int
+    lead_in: str
+    item_line: str
+
+    @property
+    def hash(self) -> str:
+        """Sha256 of what decides the text."""
+        return hashlib.sha256(json.dumps([self.lead_in, self.item_line]).encode()).hexdigest()
+
+    def line(self, fields: Mapping[str, str]) -> str:
+        """The item's whole line. Braces inside a field's value stay text: substitution is done once."""
+        return re.sub(r"\{(\w+)\}", lambda m: fields.get(m[1], ""), self.item_line)
+
+
+class TokenizerInfo(_Record):
+    """Which tokenizer made the ids; `fingerprint` as in `cprec.tokenizer`."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+
+
+class ShardInfo(_Record):
+    """One shard file: its rows, its size in bytes, its xxh3-128 hash."""
+
+    file: str
+    rows: int
+    bytes: int
+    xxh3_128: str
+
+
+class Audit(_Record):
+    """What the leak audit found over the finished artifacts: each check's name and its finding, and the verdict."""
+
+    passed: bool
+    checks: dict[str, str]
+
+
+class Manifest(_Record):
+    """What a packed corpus holds and where it came from. Counts are of documents and tokens in all its shards."""
+
+    format_version: int = FORMAT_VERSION
+    corpus: str
+    kind: Literal["train", "valid"]
+    seq_len: int
+    dtype: Literal["uint16", "uint32"]
+    n_rows: int
+    n_tokens: int
+    """Real tokens, padding not counted."""
+    n_pad: int
+    n_documents: int
+    n_documents_by_domain: dict[str, int]
+    sum_squared_doc_lens: int
+    """Attention cost of the corpus in token pairs: the sum over documents of length squared."""
+    tokenizer: TokenizerInfo
+    template: Template
+    template_hash: str
+    seed: int
+    split_hash: str
+    max_timestamp_ms: int
+    """Latest event inside; a training corpus must end before the validation clock."""
+    sources: dict[str, str]
+    """Source file -> its hash."""
+    shards: list[ShardInfo]
+    audit: Audit | None = None
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows that is real tokens."""
+        return self.n_tokens / max(self.n_rows * self.seq_len, 1)
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """Manifest of a packed corpus. Raises DataError when it is missing, unreadable or of another version."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{folder} has no {MANIFEST}: it is not a packed corpus, or its preparation did not finish; "
+                        f"run launch/prepare.py again")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise DataError(f"{path} has format_version={version}, this program reads {FORMAT_VERSION}; prepare again")
+        return Manifest.model_validate(values)
+    except (ValueError, ValidationError) as e:
+        raise DataError(f"{path} is not a valid manifest: {e}; prepare the corpus again") from None
+
+
+def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Write the manifest atomically; from here on the folder counts as finished."""
+    write_atomically(Path(folder) / MANIFEST, manifest.model_dump_json(indent=1))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, whenever the machine stops."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    partial.replace(path)
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """Xxh3-128 of a file's bytes, as 32 hex digits; reads in pieces of 8 MiB."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as f:
+        while piece := f.read(8 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def list_corpora(packed: str | os.PathLike[str]) -> list[str]:
+    """Names of the finished corpora below `packed`, sorted."""
+    return sorted(str(p.parent.relative_to(packed)) for p in Path(packed).rglob(MANIFEST))
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A shard's worth of rows, ready to be written.
+
+    `input_ids`: (rows, seq_len); `doc_lens` and `doc_ids` are flat, with `n_lens` and `n_docs` entries per row.
+    """
+
+    input_ids: Tokens
+    doc_lens: npt.NDArray[np.int32]
+    n_lens: Ints
+    doc_ids: Ints
+    n_docs: Ints
+    n_pad: npt.NDArray[np.int32]
+
+
+def write_shard(path: Path, rows: PackedRows) -> ShardInfo:
+    """Write one shard by rename and return its size and hash. The same rows give the same bytes."""
+    n, seq_len = rows.input_ids.shape
+    flat = pa.array(np.ascontiguousarray(rows.input_ids).reshape(-1))
+
+    def ragged(values: npt.NDArray[Any], counts: Ints) -> pa.ListArray:
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+    batch = pa.record_batch({
+        "input_ids": pa.FixedSizeListArray.from_arrays(flat, seq_len),
+        "doc_lens": ragged(rows.doc_lens, rows.n_lens),
+        "doc_ids": ragged(rows.doc_ids, rows.n_docs),
+        "n_pad": pa.array(rows.n_pad),
+    })
+    partial = path.with_name(path.name + ".partial")
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    info = ShardInfo(file=path.name, rows=n, bytes=partial.stat().st_size, xxh3_128=file_hash(partial))
+    partial.replace(path)
+    return info
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row, as views into the mapped shard. `doc_lens` includes the padding entry iff `n_pad > 0`."""
+
+    input_ids: Tokens
+    doc_lens: npt.NDArray[np.int32]
+    doc_ids: Ints
+    n_pad: int
+
+    @property
+    def real_doc_lens(self) -> npt.NDArray[np.int32]:
+        """Lengths of the documents, padding left out."""
+        return self.doc_lens[:-1] if self.n_pad else self.doc_lens
+
+
+class _Shard:
+    """A mapped shard's columns as numpy views."""
+
+    def __init__(self, path: Path, info: ShardInfo, manifest: Manifest) -> None:
+        try:
+            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        except (pa.ArrowInvalid, OSError) as e:
+            raise DataError(f"shard {path} is not readable Arrow: {e}; prepare the corpus again") from None
+        self.input_ids: Tokens = batch["input_ids"].flatten().to_numpy().reshape(info.rows, manifest.seq_len)
+        self.doc_lens, self.len_offsets = self._ragged(batch["doc_lens"])
+        self.doc_ids, self.id_offsets = self._ragged(batch["doc_ids"])
+        self.n_pad = batch["n_pad"].to_numpy()
+
+    @staticmethod
+    def _ragged(column: pa.ListArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        return column.values.to_numpy(), column.offsets.to_numpy()
+
+    def row(self, i: int) -> Row:
+        lens = self.doc_lens[self.len_offsets[i]:self.len_offsets[i + 1]]
+        ids = self.doc_ids[self.id_offsets[i]:self.id_offsets[i + 1]]
+        return Row(self.input_ids[i], lens, ids, int(self.n_pad[i]))
+
+
+class PackedCorpus:
+    """Random access to the rows of one packed corpus. Opening checks the manifest and every shard's size."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(folder)
+        self._starts = np.concatenate([[0], np.cumsum([s.rows for s in self.manifest.shards])]).astype(np.int64)
+        for info in self.manifest.shards:
+            path = self.folder / info.file
+            size = path.stat().st_size if path.is_file() else -1
+            if size != info.bytes:
+                found = f"has {size} bytes" if size >= 0 else "is missing"
+                raise DataError(f"shard {path} {found}, its manifest says {info.bytes} bytes: the corpus was altered; "
+                                f"prepare it again")
+
+    @cached_property
+    def _shards(self) -> list[_Shard]:
+        return [_Shard(self.folder / info.file, info, self.manifest) for info in self.manifest.shards]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def locate(self, i: int) -> tuple[str, int]:
+        """Shard file and the row's place in it, for messages."""
+        assert 0 <= i < len(self), f"row {i} of {len(self)}"
+        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self.manifest.shards[shard].file, i - int(self._starts[shard])
+
+    def __getitem__(self, i: int) -> Row:
+        assert 0 <= i < len(self), f"row {i} of {len(self)}"
+        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self._shards[shard].row(i - int(self._starts[shard]))
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
+    def verify(self) -> None:
+        """Read every shard and compare its hash with the manifest's. Raises DataError naming the altered shard."""
+        for info in self.manifest.shards:
+            found = file_hash(self.folder / info.file)
+            if found != info.xxh3_128:
+                raise DataError(f"shard {self.folder / info.file} has hash {found}, its manifest says {info.xxh3_128}: "
+                                f"its bytes were altered; prepare the corpus again")
+
+
+def row_cost(doc_lens: Sequence[int] | npt.NDArray[np.int32]) -> int:
+    """Attention cost of a row in token pairs: the sum of its documents' squared lengths."""
+    lens = np.asarray(doc_lens, dtype=np.int64)
+    return int((lens * lens).sum())
+
+
+class QueriesManifest(_Record):
+    """Frozen ranking queries: `queries/<domain>.parquet` (one row per query) and `queries/<domain>.items.parquet`.
+
+    Titles are text, so that models with different tokenizers answer the same queries.
+
+    queries: user_id str, history list<int32> (item numbers, oldest first, the last `max_history` before the target),
+             seen list<int32> (all different items before the target, oldest first), target int32, query_ts int64
+             (ms), is_repeat bool (the target is in `seen`), is_cold bool (the target was first seen after the training
+             window)
+    items:   item int32 (its number), item_id str, title str, line str (as the template renders it), n_train int64
+             (events in the training window), first_ts int64 (ms, its first event in the data)
+    """
+
+    format_version: int = FORMAT_VERSION
+    domains: dict[str, Literal["pretrain", "unseen"]]
+    n_queries: dict[str, int]
+    n_items: dict[str, int]
+    template: Template
+    split: dict[str, int]
+    """`t_valid` and `t_test`, in ms."""
+    split_hash: str
+    regime: Literal["overlap", "disjoint"]
+    """Whether the users of the queries may occur in the training corpora (before the clock) or not."""
+    target: Literal["first", "last"]
+    seen: Literal["exclude", "include"]
+    """`exclude`: items of the history are no candidates, and the target is one that is not in the history."""
+    max_history: int
+    seed: int
+    files: dict[str, str]
+    """File -> xxh3-128."""
+
+
+def read_queries_manifest(folder: str | os.PathLike[str]) -> QueriesManifest:
+    """Manifest of a queries folder, its files checked against their hashes. Raises DataError."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{folder} has no {MANIFEST}: no finished ranking queries there; run launch/prepare.py again")
+    try:
+        manifest = QueriesManifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as e:
+        raise DataError(f"{path} is not a valid queries manifest: {e}; prepare again") from None
+    for name, known in manifest.files.items():
+        file = Path(folder) / name
+        if not file.is_file() or file_hash(file) != known:
+            raise DataError(f"{file} is missing or altered (its hash is not the manifest's); prepare the queries again")
+    return manifest

@@ -1,0 +1,74 @@
+"""Annealing branches: a stable checkpoint and an annealing make a run of their own, and never touch the parent.
+
+reads: the parent's `config.yaml` and one of its checkpoints. gives: the branch's config, in which the trunk's schedule
+has `anneal` filled in and `parent` says where it came from, by path, step and hash. Training it is `loop.train`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from cprec.config import Length, ParentConfig, RunConfig
+from cprec.errors import CheckpointError, ConfigError, did_you_mean
+from cprec.schedule import check_shape
+from cprec.settings import parse_settings
+from cprec.train.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
+
+
+def find_checkpoint(source: str, *, phase: str | None = None) -> Checkpoint:
+    """The checkpoint that `source` means: a checkpoint folder, RUN (its newest, of `phase` if given) or RUN@STEP.
+
+    Raises CheckpointError listing the complete ones when there is none such.
+    """
+    path, _, step = source.partition("@")
+    if Path(path).name.startswith("step_") and not step:
+        return read_checkpoint(Path(path))
+    known = {c.state.step: c for c in list_checkpoints(Path(path))}
+    fitting = [s for s, c in known.items() if phase in (None, c.state.phase)]
+    wanted = int(step) if step.isdigit() else (fitting[-1] if fitting and not step else None)
+    if wanted not in known:
+        listed = ", ".join(f"{s} ({c.state.phase})" for s, c in known.items())
+        raise CheckpointError(f"--from {source}: no such checkpoint; complete ones of {path}: {listed or 'none'}")
+    return known[wanted]
+
+
+def find_parent(source: str) -> Checkpoint:
+    """The stable checkpoint that `source` means. Raises CheckpointError when it is none of the stable phase."""
+    chosen = find_checkpoint(source, phase="stable")
+    if chosen.state.phase != "stable":
+        raise CheckpointError(f"--from {source}: step {chosen.state.step} is in the {chosen.state.phase} phase; an "
+                              f"annealing branch starts from a checkpoint of the stable phase")
+    return chosen
+
+
+def branch_config(parent: Checkpoint, *, length: Length, shape: str, final_lr_ratio: float, run_dir: str | None,
+                  mix: dict[str, float] | None) -> RunConfig:
+    """Config of the branch that anneals `parent` over `length` (of which a share is one of the parent's steps).
+
+    `run_dir` defaults to the trunk's with `-SHAPE-STEPS`; `mix` None keeps the trunk's weights, and with them the very
+    rows that the trunk would have read next. Raises ConfigError.
+    """
+    check_shape(shape, final_lr_ratio)
+    path = parent.run_dir / "config.yaml"
+    trunk = parse_settings(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+    tokens_per_step = parent.state.tokens_seen // parent.state.step
+    steps = length.in_steps(tokens_per_step=tokens_per_step, total_steps=parent.state.step)
+    if steps < 1:
+        raise ConfigError(f"an annealing of {steps} steps is none; give at least one")
+    unknown = sorted(set(mix or {}) - set(trunk.data.mix.stable or {}))
+    exact = [name for name in unknown if "*" not in name]
+    if exact:
+        known = trunk.data.mix.stable or {}
+        raise ConfigError("; ".join(f"--mix {name}: the run has no such corpus; {did_you_mean(name, known)}"
+                                    for name in exact))
+    values = trunk.model_dump()
+    start = parent.state.step
+    values["run_dir"] = run_dir or f"{parent.run_dir}-{shape}-{steps}"
+    values["schedule"]["total"] = {"steps": start + steps}
+    values["schedule"]["anneal"] = {"length": {"steps": steps}, "shape": shape, "final_lr_ratio": final_lr_ratio}
+    values["data"]["mix"]["anneal"] = mix
+    values["parent"] = ParentConfig(
+        run_dir=str(parent.run_dir), step=start, state_hash=parent.state_hash).model_dump()
+    return RunConfig.model_validate(values)

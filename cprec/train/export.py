@@ -1,0 +1,131 @@
+"""A checkpoint as an ordinary Hugging Face folder: safetensors, config, tokenizer and a model card.
+
+reads: a checkpoint (ZeRO partitions, memory-mapped) and the folder or hub name that the run started from. writes:
+`run/hf/` by rename of a finished folder. Costs: memory of one output shard, not of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+
+from cprec.config import RunConfig
+from cprec.data.dataset import open_manifests
+from cprec.errors import CheckpointError
+from cprec.log import get_logger
+from cprec.settings import parse_settings
+from cprec.train.checkpoint import Checkpoint, verify_checkpoint
+from cprec.train.engine import consolidated_weights
+from cprec.train.metrics import read_metrics
+
+log = get_logger(__name__)
+SHARD_BYTES = 4 << 30
+EXPORTED = "cprec_export.json"
+
+
+def export(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype) -> None:
+    """Write `checkpoint` to the new folder `out` in `dtype`; a finished export of the same checkpoint is left as it is.
+
+    Raises CheckpointError when `out` holds something else, or the checkpoint was altered.
+    """
+    origin = {"run": str(checkpoint.run_dir), "step": checkpoint.state.step, "state_hash": checkpoint.state_hash,
+              "dtype": str(dtype).removeprefix("torch.")}
+    if out.exists():
+        _check_same(out, origin)
+        log.info("%s already holds this export", out)
+        return
+    verify_checkpoint(checkpoint)
+    config_path = checkpoint.run_dir / "config.yaml"
+    config = parse_settings(RunConfig, yaml.safe_load(config_path.read_text(encoding="utf-8")), source=str(config_path))
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = consolidated_weights(checkpoint.folder.parent, checkpoint.folder.name, dtype)
+    _write_safetensors(partial, tensors)
+    model_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    model_config.dtype = dtype
+    model_config.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(config.model.path).save_pretrained(partial)
+    (partial / "README.md").write_text(model_card(config, checkpoint), encoding="utf-8")
+    (partial / EXPORTED).write_text(json.dumps(origin, indent=1), encoding="utf-8")
+    partial.rename(out)
+    log.info("exported step %d of %s to %s", checkpoint.state.step, checkpoint.run_dir, out)
+
+
+def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
+    """Model card of an export: base model, data, tokens, schedule, lineage and last losses, as measured."""
+    s = checkpoint.state
+    corpora = open_manifests(config.data.packed, "train")
+    lineage = f"branch of {config.parent.run_dir} at step {config.parent.step:,}" if config.parent else "trunk"
+    anneal = config.schedule.anneal
+    schedule = f"peak {config.optimizer.peak_lr:g}, warm-up {config.schedule.warmup.steps} steps, " + (
+        f"annealing {anneal.shape} over {anneal.length.steps} steps to {anneal.final_lr_ratio:g} of it"
+        if anneal else "stable")
+    validation = [r for r in read_metrics(checkpoint.run_dir) if r["kind"] == "valid" and r["step"] <= s.step]
+    last = validation[-1]["loss_by_corpus"] if validation else {}
+    losses = [f"| {name} | {loss:.4f} |" for name, loss in last.items()]
+    audited = all(m.audit and m.audit.passed for m in corpora.values())
+    rows = [f"| {name} | {m.n_documents:,} | {m.n_tokens:,} |" for name, m in corpora.items()]
+    return "\n".join([
+        "---", f"base_model: {config.model.path}", "library_name: transformers", "pipeline_tag: text-generation",
+        "tags: [recommendation, continual-pretraining, cprec]", "---", "", f"# {checkpoint.run_dir.name}", "",
+        f"Continual pre-training of `{config.model.path}` on behaviour sequences of {len(corpora)} corpora with CPRec "
+        f"(after arXiv:2504.08949).", "",
+        f"- step {s.step:,}, {s.tokens_seen:,} tokens seen, {s.phase} phase next, {lineage}",
+        f"- Warmup-Stable-Annealing: {schedule}",
+        f"- prompt template: {next(iter(corpora.values())).template.lead_in!r}, then one line per item",
+        f"- leak audit of the training data: {'passed' if audited else 'not passed'}",
+        "", "| training corpus | documents | tokens |", "|---|---:|---:|", *rows, "",
+        "| validation corpus | nats per token |", "|---|---:|", *losses, "",
+    ])
+
+
+def _check_same(out: Path, origin: dict[str, Any]) -> None:
+    marker = out / EXPORTED
+    found = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
+    if found != origin:
+        raise CheckpointError(f"{out} exists and holds {found or 'something that is no export'}, not {origin}; give "
+                              f"--out another folder")
+
+
+def _write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write tensors in shards of at most SHARD_BYTES (a larger one alone), with the index that transformers reads."""
+    shards = list(_save_shards(folder, tensors))
+    total = sum(size for _, names in shards for size in names.values())
+    if len(shards) == 1:
+        shards[0][0].rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, (path, names) in enumerate(shards, 1):
+        final = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(folder / final)
+        weight_map.update(dict.fromkeys(names, final))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _save_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[Path, dict[str, int]]]:
+    """Files written, each with its tensors' names and sizes in bytes; holds one shard."""
+    held: dict[str, Tensor] = {}
+    n_files = 0
+
+    def flush() -> tuple[Path, dict[str, int]]:
+        path = folder / f"part-{n_files:05d}.safetensors"
+        save_file(held, str(path), metadata={"format": "pt"})
+        return path, {name: t.nbytes for name, t in held.items()}
+
+    for name, tensor in tensors:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > SHARD_BYTES:
+            yield flush()
+            held, n_files = {}, n_files + 1
+        held[name] = tensor
+    yield flush()

@@ -1,0 +1,321 @@
+"""The training loop: resume, step, log, validate, save, stop when asked. Read `train` first; it is the whole story.
+
+reads: packed corpora, a model folder or the run's (or its parent's) newest checkpoint. writes: the run folder
+(`config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`). State of a run: the step; everything else (rows, rate,
+phase) is a function of it.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+import yaml
+
+from cprec import dist
+from cprec.config import RunConfig
+from cprec.data.collate import collate
+from cprec.data.dataset import PackedDataset, Step
+from cprec.data.sampler import permute
+from cprec.errors import CheckpointError, ConfigError, DivergedError
+from cprec.format import Manifest, PackedCorpus, write_atomically
+from cprec.log import get_logger
+from cprec.settings import dump_settings, parse_settings
+from cprec.train.checkpoint import (
+    Checkpoint,
+    State,
+    list_checkpoints,
+    load_checkpoint,
+    prune,
+    read_checkpoint,
+    save_checkpoint,
+)
+from cprec.train.engine import Engine, StepResult
+from cprec.train.metrics import MetricsLog, TrainRecord, ValidationRecord, memory_gb, peak_flops
+from cprec.train.plan import Plan, build_plan
+
+log = get_logger(__name__)
+CONFIG = "config.yaml"
+FREE_TO_CHANGE = ("checkpoint", "validation", "log_every", "max_bad_steps")
+"""Fields that may differ when a run goes on: they change what is written, not what is trained."""
+
+
+@dataclass
+class Progress:
+    """What the loop carries from step to step."""
+
+    step: int
+    bad_steps: int = 0
+
+
+def train(config: RunConfig) -> bool:
+    """Train to the end of the schedule, from wherever the run folder stands; False when asked to stop before it.
+
+    Collective: every rank calls it. Raises ConfigError, DataError, CheckpointError or DivergedError.
+    """
+    dist.init()
+    plan = build_plan(config, dist.world_size())
+    run_dir = Path(plan.config.run_dir)
+    claim_run_folder(run_dir, plan.config)
+    start = _starting_point(plan, run_dir)
+    if start and start.run_dir == run_dir and start.state.step >= plan.schedule.total_steps:
+        log.info("%s is complete: %d of %d steps", run_dir, start.state.step, plan.schedule.total_steps)
+        return True
+    dataset = _open_data(plan)
+    engine = Engine(plan)
+    progress = _resume(engine, plan, start)
+    _announce(plan, engine)
+    metrics = MetricsLog(run_dir, resume_step=progress.step, active=dist.rank() == 0)
+    try:
+        with _asked_to_stop() as asked:
+            return _run(plan, engine, dataset, metrics, progress, asked)
+    finally:
+        metrics.close()
+        engine.close()
+
+
+def _run(plan: Plan, engine: Engine, dataset: PackedDataset, metrics: MetricsLog, progress: Progress,
+         asked: list[int]) -> bool:
+    """Steps from `progress.step` to the last one, or to the next step's border after a signal."""
+    run_dir, total = Path(plan.config.run_dir), plan.schedule.total_steps
+    checkpoint_steps = set(plan.checkpoint_steps())
+    watch = _StepWatch(plan, engine)
+    for step in dataset.steps(progress.step, total):
+        watch.data_is_there()
+        lr = plan.schedule.lr(progress.step)
+        result = engine.step(step, lr)
+        totals = _Totals.over_ranks(result, stop=bool(asked))
+        _guard(totals, result, plan, dataset, progress)
+        progress.step += 1
+        record = watch.record(progress, step, totals, result, lr)
+        if progress.step % plan.config.log_every == 0 or progress.step == total:
+            metrics.write(record)
+            log.info("%s", record.line(total))
+        if plan.valid and (progress.step % (plan.config.validation.every or total) == 0 or progress.step == total):
+            metrics.write(validate(plan, engine, progress.step))
+        if progress.step in checkpoint_steps or totals.stop:
+            _save(plan, engine, run_dir, progress)
+        if totals.stop and progress.step < total:
+            log.warning("asked to stop: saved step %d of %d; the same command goes on from there", progress.step, total)
+            return False
+        watch.next_step()
+    return True
+
+
+def claim_run_folder(run_dir: Path, config: RunConfig) -> None:
+    """Write the resolved config into a new run folder, or check that the folder's own says the same.
+
+    Raises ConfigError listing the fields that differ; the folder stays as it was. Collective.
+    """
+    path = run_dir / CONFIG
+    if path.is_file():
+        theirs = parse_settings(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+        differing = [f"{field}: {old!r} in {path}, {new!r} now" for field, old, new in _differences(theirs, config)]
+        if differing:
+            listed = "\n  ".join(differing)
+            raise ConfigError(f"{run_dir} belongs to another run:\n  {listed}\ngive this one a run_dir of its own, or "
+                              f"start it with the old values")
+    elif run_dir.is_dir() and any((run_dir / "checkpoints").glob("*")):
+        raise ConfigError(f"{run_dir} has checkpoints but no {CONFIG}; give this run a run_dir of its own")
+    dist.barrier()
+    if dist.rank() == 0 and not path.is_file():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, dump_settings(config))
+    dist.barrier()
+
+
+def validate(plan: Plan, engine: Engine, step: int) -> ValidationRecord:
+    """Loss of every validation corpus on `rows_per_corpus` of its rows, the same ones every time. Collective."""
+    losses, total, n_total = {}, 0.0, 0.0
+    for name, manifest in plan.valid.items():
+        loss_sum, n_valid = _validate_corpus(plan, engine, name, manifest)
+        losses[name] = loss_sum / n_valid
+        total, n_total = total + loss_sum, n_total + n_valid
+    shown = "  ".join(f"{name.removeprefix('valid/')} {loss:.3f}" for name, loss in losses.items())
+    log.info("step %7d  validation loss %.4f  (%s)", step, total / n_total, shown)
+    return ValidationRecord(step=step, loss=total / n_total, loss_by_corpus=losses)
+
+
+def _validate_corpus(plan: Plan, engine: Engine, name: str, manifest: Manifest) -> tuple[float, float]:
+    """Summed loss and predicted tokens over all ranks. Ranks without a row left run a row that does not count, since
+    under ZeRO-3 every rank takes part in every forward."""
+    corpus = PackedCorpus(Path(plan.config.data.packed) / name)
+    n_rows = min(plan.config.validation.rows_per_corpus, len(corpus))
+    rows = permute(np.arange(n_rows), len(corpus), key=(plan.config.data.seed, name, 0))
+    loss_sum = n_valid = 0.0
+    for first in range(0, n_rows, plan.world_size):
+        mine = first + dist.rank()
+        batch = collate([corpus[int(rows[min(mine, n_rows - 1)])]], [0])
+        loss = float(engine.row_losses(batch).sum())
+        if mine < n_rows:
+            loss_sum, n_valid = loss_sum + loss, n_valid + batch.n_valid
+    loss_sum, n_valid = dist.sum_over_ranks([loss_sum, n_valid])
+    return loss_sum, n_valid
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """One step over all ranks: summed loss and predicted tokens by corpus, and whether any rank was asked to stop."""
+
+    loss_sums: list[float]
+    n_valid: list[float]
+    stop: bool
+
+    @classmethod
+    def over_ranks(cls, result: StepResult, *, stop: bool) -> _Totals:
+        n = len(result.loss_sums)
+        summed = dist.sum_over_ranks([*result.loss_sums, *result.n_valid, float(stop)])
+        return cls(summed[:n], summed[n:2 * n], summed[-1] > 0)
+
+    @property
+    def loss(self) -> float:
+        return sum(self.loss_sums) / sum(self.n_valid)
+
+
+def _guard(totals: _Totals, result: StepResult, plan: Plan, dataset: PackedDataset, progress: Progress) -> None:
+    """Count a step that was skipped because something was not finite, name its rows, and stop after too many."""
+    finite = math.isfinite(totals.loss)
+    if finite and not result.skipped:
+        return
+    assert result.skipped, f"step {progress.step}: loss {totals.loss}, but DeepSpeed updated the weights"
+    progress.bad_steps += 1
+    rows = dataset.describe(progress.step)
+    corpora = Counter(row.split(" ")[0] for row in rows)
+    log.warning("step %d was skipped: loss %s, gradient norm %s; rows by corpus: %s; rows: %s", progress.step + 1,
+                totals.loss, result.grad_norm, dict(corpora), "; ".join(rows))
+    if progress.bad_steps > plan.config.max_bad_steps:
+        raise DivergedError(
+            f"{progress.bad_steps} steps had a non-finite loss or gradient, more than max_bad_steps="
+            f"{plan.config.max_bad_steps}; the last was step {progress.step + 1}, with rows: {'; '.join(rows)}; go on "
+            f"from the newest checkpoint with a lower optimizer.peak_lr, or look at these rows")
+
+
+class _StepWatch:
+    """Times the parts of a step and makes its record."""
+
+    def __init__(self, plan: Plan, engine: Engine) -> None:
+        self._plan, self._engine = plan, engine
+        self._peak = peak_flops(engine.device)
+        self.next_step()
+
+    def next_step(self) -> None:
+        self._started = time.perf_counter()
+
+    def data_is_there(self) -> None:
+        self._data_wait_s = time.perf_counter() - self._started
+
+    def record(self, progress: Progress, step: Step, totals: _Totals, result: StepResult, lr: float) -> TrainRecord:
+        plan, seconds = self._plan, time.perf_counter() - self._started
+        tokens = plan.tokens_per_step
+        flops = self._engine.model_shape.flops(tokens - step.n_pad, step.cost)
+        mfu = flops / seconds / (self._peak * plan.world_size) if self._peak else None
+        by_corpus = {name: total / n for name, total, n
+                     in zip(plan.sampler.names, totals.loss_sums, totals.n_valid, strict=True) if n}
+        return TrainRecord(
+            step=progress.step, phase=plan.schedule.phase(progress.step - 1), lr=lr, loss=totals.loss,
+            loss_by_corpus=by_corpus, grad_norm=result.grad_norm, tokens_seen=progress.step * tokens,
+            tokens_per_s=tokens / seconds, tokens_per_s_per_device=tokens / seconds / plan.world_size, mfu=mfu,
+            pad_share=step.n_pad / tokens, step_s=seconds, data_wait_s=self._data_wait_s,
+            memory_gb=memory_gb(self._engine.device), bad_steps=progress.bad_steps)
+
+
+def _starting_point(plan: Plan, run_dir: Path) -> Checkpoint | None:
+    """The run's newest complete checkpoint, else its parent's, else None: the model as it was published."""
+    own = list_checkpoints(run_dir)
+    if own:
+        return own[-1]
+    parent = plan.config.parent
+    if parent is None:
+        return None
+    folder = Path(parent.run_dir) / "checkpoints" / f"step_{parent.step:08d}"
+    checkpoint = read_checkpoint(folder)
+    if checkpoint.state_hash != parent.state_hash:
+        raise CheckpointError(f"{folder} is not the checkpoint that {run_dir} branched from: its state.json has hash "
+                              f"{checkpoint.state_hash}, the branch's config says {parent.state_hash}; branch anew")
+    return checkpoint
+
+
+def _resume(engine: Engine, plan: Plan, start: Checkpoint | None) -> Progress:
+    if start is None:
+        return Progress(plan.first_step)
+    load_checkpoint(engine, start)
+    log.info("loaded %s: step %d, %s tokens seen", start.folder, start.state.step, f"{start.state.tokens_seen:,}")
+    return Progress(start.state.step, start.state.bad_steps)
+
+
+def _save(plan: Plan, engine: Engine, run_dir: Path, progress: Progress) -> None:
+    started = time.perf_counter()
+    n = progress.step
+    state = State(
+        step=n, tokens_seen=n * plan.tokens_per_step, rows_seen=n * plan.config.batch.global_batch_size,
+        lr=plan.schedule.lr(n), phase=plan.schedule.phase(n), bad_steps=progress.bad_steps,
+        config_hash=xxhash.xxh3_128_hexdigest(dump_settings(plan.config).encode()),
+        tokenizer_fingerprint=next(iter(plan.train.values())).tokenizer.fingerprint,
+        world_size=plan.world_size, zero_stage=engine.zero_stage, parent=plan.config.parent, files={})
+    saved = save_checkpoint(engine, run_dir, state)
+    removed: list[str] = []
+    if dist.rank() == 0:
+        kept = {s for s in plan.checkpoint_steps() if plan.is_kept(s)}
+        removed = prune(run_dir, keep_last=plan.config.checkpoint.keep_last, kept_for_good=kept)
+    dist.barrier()
+    log.info("saved %s in %.1f s%s", saved.folder, time.perf_counter() - started,
+             f"; pruned {', '.join(removed)}" if removed else "")
+
+
+def _open_data(plan: Plan) -> PackedDataset:
+    batch = plan.config.batch
+    dataset = PackedDataset(
+        plan.config.data.packed, plan.sampler, global_batch_size=batch.global_batch_size,
+        micro_batch_size=batch.micro_batch_size, rank=dist.rank(), world_size=plan.world_size)
+    if plan.config.data.verify == "full":
+        for corpus in dataset.corpora[dist.rank()::plan.world_size]:
+            corpus.verify()
+    return dataset
+
+
+def _announce(plan: Plan, engine: Engine) -> None:
+    shape = engine.model_shape
+    log.info("%s: %.2fM parameters, %s, attention %s, ZeRO stage %d, on %s", plan.config.model.path,
+             shape.n_params / 1e6, engine.dtype, engine.backend, engine.zero_stage, engine.device)
+    for line in plan.text().splitlines():
+        log.info("%s", line)
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """While inside, SIGTERM and SIGUSR1 are collected in the yielded list instead of ending the process."""
+    received: list[int] = []
+    old = {s: signal.signal(s, lambda number, frame: received.append(number)) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Dotted fields in which two resolved configs train differently. A trunk without annealing may grow longer."""
+    a, b = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    grows = old.schedule.anneal is None and new.schedule.anneal is None
+    free = (*FREE_TO_CHANGE, "schedule.total") if grows else FREE_TO_CHANGE
+    return [(k, a.get(k), b.get(k)) for k in sorted({*a, *b})
+            if a.get(k) != b.get(k) and not any(k == f or k.startswith(f + ".") for f in free)]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,154 @@
+"""What follows from a run config, its data and its world size, before anything starts: `--dry-run` prints it.
+
+reads: the run config, the manifests of the packed corpora. Everything that training needs to know and that two ranks
+must agree on is decided here, and every disagreement is reported at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cprec.config import MixConfig, RunConfig, check_batch
+from cprec.data.dataset import open_manifests
+from cprec.data.sampler import PERIOD, Phase, Sampler, quotas_of, resolve_mix
+from cprec.errors import ConfigError, DataError, raise_all
+from cprec.format import Manifest
+from cprec.schedule import Schedule
+from cprec.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, resolved. `config` is the config with every default, mixture and length made explicit."""
+
+    config: RunConfig
+    world_size: int
+    seq_len: int
+    schedule: Schedule
+    sampler: Sampler
+    train: dict[str, Manifest]
+    valid: dict[str, Manifest]
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Forward passes per rank and optimizer step."""
+        batch = self.config.batch
+        return batch.global_batch_size // (batch.micro_batch_size * self.world_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of packed rows (padding included) per optimizer step, over all ranks."""
+        return self.config.batch.global_batch_size * self.seq_len
+
+    @property
+    def first_step(self) -> int:
+        """Where the run begins: 0, or the fork of a branch."""
+        return self.config.parent.step if self.config.parent else 0
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps at which a checkpoint is written, the run's last among them."""
+        every, last = self.config.checkpoint.every, self.schedule.total_steps
+        return sorted({*range(every, last, every), last} - set(range(self.first_step + 1)))
+
+    def is_kept(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is never pruned: in the stable phase, at a multiple of keep_stable_every."""
+        every = self.config.checkpoint.keep_stable_every
+        return bool(every) and step % (every or 1) == 0 and self.schedule.phase(step) == "stable"
+
+    def text(self) -> str:
+        """The plan as lines to read: sizes, rates at the corners, data per corpus, checkpoints that will exist."""
+        s, first, last = self.schedule, self.first_step, self.schedule.total_steps
+        start, end = (self.config.batch.global_batch_size * n for n in (first, last))
+        before, after = self.sampler.drawn(start), self.sampler.drawn(end)
+        lines = [
+            f"world size {self.world_size}, micro batch {self.config.batch.micro_batch_size} rows, accumulation "
+            f"{self.grad_accum_steps}: {self.config.batch.global_batch_size} rows of {self.seq_len:,} = "
+            f"{self.tokens_per_step:,} tokens per step",
+            f"steps {first:,} to {last:,}: {(last - first) * self.tokens_per_step:,} tokens",
+            "learning rate: " + ", ".join(f"{s.lr(n):.3e} at step {n:,} ({s.phase(n)})"
+                                          for n in sorted({first, *s.corners()}) if n >= first),
+            "corpus                           rows      share    rows read   epochs",
+        ]
+        total = max(end - start, 1)
+        for name, size, b, a in zip(self.sampler.names, self.sampler.sizes, before, after, strict=True):
+            lines.append(f"  {name:<24} {size:>10,}   {(a - b) / total:>8.3%}   {a - b:>10,}   {a / size:>6.2f}")
+        steps = self.checkpoint_steps()
+        shown = ", ".join(f"{n:,}" for n in steps[:6]) + (f", ... {steps[-1]:,}" if len(steps) > 6 else "")
+        kept = [n for n in steps if self.is_kept(n)]
+        lines.append(f"checkpoints at steps {shown}; the last {self.config.checkpoint.keep_last} are kept, and "
+                     f"{len(kept)} of the stable phase for good")
+        return "\n".join(lines)
+
+
+def build_plan(config: RunConfig, world_size: int) -> Plan:
+    """The plan of `config` on `world_size` ranks. Raises ConfigError or DataError listing what stands against it."""
+    train = open_manifests(config.data.packed, "train")
+    valid = open_manifests(config.data.packed, "valid") if config.validation.every else {}
+    first = next(iter(train.values()))
+    seq_len = first.seq_len
+    _check_data(config, {**train, **valid})
+    schedule = config.build_schedule(tokens_per_step=config.batch.global_batch_size * seq_len)
+    problems = check_batch(config.batch, world_size)
+    if config.parent and schedule.anneal and schedule.anneal.start != config.parent.step:
+        problems.append(f"schedule.anneal starts at step {schedule.anneal.start}, the branch forks at step "
+                        f"{config.parent.step}; let launch/anneal.py write the config")
+    raise_all(problems, of="run config")
+    weights = _resolve_mix(config.data.mix, train)
+    sampler = Sampler(tuple(train), tuple(m.n_rows for m in train.values()), _phases(config, schedule, weights),
+                      config.data.seed)
+    return Plan(_explicit(config, schedule, weights), world_size, seq_len, schedule, sampler, train, valid)
+
+
+def _check_data(config: RunConfig, manifests: dict[str, Manifest]) -> None:
+    """The leak audit passed, and the packed tokens are the model's own."""
+    unaudited = [n for n, m in manifests.items() if m.kind == "train" and (m.audit is None or not m.audit.passed)]
+    if unaudited and not config.data.allow_unaudited:
+        raise DataError(f"data.packed={config.data.packed}: the leak audit of {', '.join(unaudited)} is missing or "
+                        f"failed; run launch/prepare.py to its end, or set data.allow_unaudited=true knowingly")
+    packed_with = next(iter(manifests.values())).tokenizer
+    own = load_tokenizer(config.model.path)
+    if own.fingerprint != packed_with.fingerprint:
+        raise ConfigError(f"model.path={config.model.path!r} has another tokenizer (vocabulary {own.vocab_size:,}, "
+                          f"fingerprint {own.fingerprint[:12]}) than the one that packed {config.data.packed} "
+                          f"({packed_with.name}, {packed_with.vocab_size:,}, {packed_with.fingerprint[:12]}); "
+                          f"prepare the data with this model's tokenizer, or take the model of that one")
+
+
+def _resolve_mix(mix: MixConfig, train: dict[str, Manifest]) -> MixConfig:
+    """Every corpus's weight in every phase, written out; the annealing phase keeps the stable weights unless told."""
+    tokens = {name: m.n_tokens for name, m in train.items()}
+    stable = resolve_mix(mix.stable, tokens, field="data.mix.stable")
+    warmup = stable if mix.warmup is None else resolve_mix(mix.warmup, tokens, field="data.mix.warmup")
+    anneal = None if mix.anneal is None else resolve_mix(mix.anneal, tokens, field="data.mix.anneal")
+    return MixConfig(warmup=warmup, stable=stable, anneal=anneal)
+
+
+def _phases(config: RunConfig, schedule: Schedule, mix: MixConfig) -> tuple[Phase, ...]:
+    """Phases of the sampler, in rows; a phase begins only where the weights change, so that the order of rows does not
+    depend on how a constant mixture is cut into phases."""
+    starts = [(0, mix.warmup), (schedule.warmup_steps, mix.stable)]
+    if schedule.anneal and mix.anneal is not None:
+        starts.append((schedule.anneal.start, mix.anneal))
+    phases: list[Phase] = []
+    for step, weights in starts:
+        assert weights is not None
+        phase = Phase(step * config.batch.global_batch_size, quotas_of(list(weights.values())))
+        if phases and phases[-1].start_row == phase.start_row:
+            phases.pop()
+        if not phases or phases[-1].quotas != phase.quotas:
+            phases.append(phase)
+    assert sum(phases[0].quotas) == PERIOD
+    return tuple(phases)
+
+
+def _explicit(config: RunConfig, schedule: Schedule, mix: MixConfig) -> RunConfig:
+    """The config with lengths in steps and weights by corpus, as it is written into the run folder."""
+    values = config.model_dump()
+    values["run_dir"] = str(Path(config.run_dir))
+    values["data"]["mix"] = mix.model_dump()
+    values["schedule"]["total"] = {"steps": schedule.total_steps}
+    values["schedule"]["warmup"] = {"steps": schedule.warmup_steps}
+    if schedule.anneal:
+        values["schedule"]["anneal"]["length"] = {"steps": schedule.anneal.steps}
+    return RunConfig.model_validate(values)

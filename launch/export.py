@@ -1,0 +1,34 @@
+"""Turn a checkpoint into a Hugging Face folder: safetensors, config, tokenizer, model card.
+
+    python launch/export.py --from runs/base@20000 --out runs/base/hf [--dtype bfloat16]
+
+`--from`: RUN (its newest checkpoint), RUN@STEP, or a checkpoint folder. One process, memory of one output shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cprec import cli
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", required=True, metavar="RUN[@STEP]", help="what to export")
+    parser.add_argument("--out", help="new folder; default: RUN/hf")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: float32")
+    args = parser.parse_args()
+    import torch
+
+    from cprec.train.branch import find_checkpoint
+    from cprec.train.export import export
+
+    checkpoint = find_checkpoint(args.source)
+    out = Path(args.out) if args.out else checkpoint.run_dir / "hf"
+    export(checkpoint, out, dtype=getattr(torch, args.dtype))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
