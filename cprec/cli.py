@@ -7,18 +7,22 @@ again to go on.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from cprec.errors import CPRecError
 from cprec.log import setup_logging
+from cprec.process import die_with_parent
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and exit with what it returns (None is 0); a CPRecError becomes its message and its exit code."""
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank)
+    if "LOCAL_RANK" in os.environ:  # a launcher that is killed would leave its ranks behind: they save and stop
+        die_with_parent(signal.SIGTERM)
     try:
         code = main() or 0
     except CPRecError as e:

@@ -1,44 +1,31 @@
 """Anneal a stable checkpoint in a run of its own; the parent stays untouched, so try as many as you like.
 
     deepspeed launch/anneal.py --from runs/base --steps 1000 --shape sqrt
-    deepspeed launch/anneal.py --from runs/base@20000 --share 0.1 --shape linear --mix 'mixed=1' --run-dir runs/mixed-only
+    deepspeed launch/anneal.py --from runs/base@20000 --share 0.1 --shape linear --mix mixed=1 --run-dir runs/mixed
 
-`--from`: RUN (its newest stable checkpoint), RUN@STEP, or a checkpoint folder. The same command again goes on from where
-the branch stands. Exit codes as in launch/pretrain.py.
+`--from`: RUN (its newest stable checkpoint), RUN@STEP, or a checkpoint folder. The same command again goes on from
+where the branch stands. Exit codes as in launch/pretrain.py.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from cprec import cli, dist
-from cprec.config import Length
-from cprec.errors import EXIT_REQUEUE, ConfigError
+from cprec import cli
+from cprec.errors import ConfigError
 from cprec.schedule import SHAPES
-from cprec.settings import dump_settings
 
 
 def main() -> int:
     args = _arguments()
+    from cprec.config import Length
     from cprec.train.branch import branch_config, find_parent
+    from cprec.train.loop import run
 
     length = Length(steps=args.steps, tokens=args.tokens, share=args.share)
     config = branch_config(find_parent(args.source), length=length, shape=args.shape, run_dir=args.run_dir,
                            final_lr_ratio=args.final_lr_ratio, mix=_mix(args.mix))
-    if args.dry_run:
-        from cprec.train.plan import build_plan
-
-        plan = build_plan(config, args.world_size or dist.world_size())
-        if dist.rank() == 0:
-            print(dump_settings(plan.config))
-            print(plan.text())
-        return 0
-    from cprec.train.loop import train
-
-    try:
-        return 0 if train(config) else EXIT_REQUEUE
-    finally:
-        dist.shutdown()
+    return run(config, dry_run=args.dry_run, planned_world_size=args.world_size)
 
 
 def _arguments() -> argparse.Namespace:
@@ -49,7 +36,7 @@ def _arguments() -> argparse.Namespace:
     length.add_argument("--tokens", type=float, help="... in tokens of packed rows")
     length.add_argument("--share", type=float, help="... as a share of the parent's steps")
     parser.add_argument("--shape", default="sqrt", choices=sorted(SHAPES), help="default: sqrt (1-sqrt)")
-    parser.add_argument("--final-lr-ratio", type=float, default=0.1, help="end of the rate, as a share of the stable one")
+    parser.add_argument("--final-lr-ratio", type=float, default=0.1, help="last rate as a share of the stable one")
     parser.add_argument("--mix", action="append", default=[], metavar="CORPUS=WEIGHT",
                         help="weight of a corpus or pattern in the annealing; default: the trunk's weights")
     parser.add_argument("--run-dir", help="folder of the branch; default: the trunk's with -SHAPE-STEPS")

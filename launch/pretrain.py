@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from cprec import cli, dist
-from cprec.config import RunConfig
-from cprec.errors import EXIT_REQUEUE
-from cprec.settings import dump_settings, load_settings
+from cprec import cli
 
 
 def main() -> int:
@@ -24,21 +21,12 @@ def main() -> int:
     parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()
+    from cprec.config import RunConfig
+    from cprec.settings import load_settings
+    from cprec.train.loop import run
+
     config = load_settings(RunConfig, args.config, args.overrides)
-    if args.dry_run:
-        from cprec.train.plan import build_plan
-
-        plan = build_plan(config, args.world_size or dist.world_size())
-        if dist.rank() == 0:
-            print(dump_settings(plan.config))
-            print(plan.text())
-        return 0
-    from cprec.train.loop import train
-
-    try:
-        return 0 if train(config) else EXIT_REQUEUE
-    finally:
-        dist.shutdown()
+    return run(config, dry_run=args.dry_run, planned_world_size=args.world_size)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from cprec.config import RunConfig
 from cprec.data.collate import collate
 from cprec.data.dataset import PackedDataset, Step
 from cprec.data.sampler import permute
-from cprec.errors import CheckpointError, ConfigError, DivergedError
+from cprec.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DivergedError
 from cprec.format import Manifest, PackedCorpus, write_atomically
 from cprec.log import get_logger
+from cprec.process import only_writer
 from cprec.settings import dump_settings, parse_settings
 from cprec.train.checkpoint import (
     Checkpoint,
@@ -57,6 +58,20 @@ class Progress:
     bad_steps: int = 0
 
 
+def run(config: RunConfig, *, dry_run: bool = False, planned_world_size: int | None = None) -> int:
+    """What a launch script does with a config: train and return the exit code, or print the plan and start nothing."""
+    if dry_run:
+        plan = build_plan(config, planned_world_size or dist.world_size())
+        if dist.rank() == 0:
+            print(dump_settings(plan.config))
+            print(plan.text())
+        return 0
+    try:
+        return 0 if train(config) else EXIT_REQUEUE
+    finally:
+        dist.shutdown()
+
+
 def train(config: RunConfig) -> bool:
     """Train to the end of the schedule, from wherever the run folder stands; False when asked to stop before it.
 
@@ -65,7 +80,12 @@ def train(config: RunConfig) -> bool:
     dist.init()
     plan = build_plan(config, dist.world_size())
     run_dir = Path(plan.config.run_dir)
-    claim_run_folder(run_dir, plan.config)
+    with only_writer(run_dir) if dist.rank() == 0 else nullcontext():
+        claim_run_folder(run_dir, plan.config)
+        return _train(plan, run_dir)
+
+
+def _train(plan: Plan, run_dir: Path) -> bool:
     start = _starting_point(plan, run_dir)
     if start and start.run_dir == run_dir and start.state.step >= plan.schedule.total_steps:
         log.info("%s is complete: %d of %d steps", run_dir, start.state.step, plan.schedule.total_steps)
@@ -74,7 +94,7 @@ def train(config: RunConfig) -> bool:
     engine = Engine(plan)
     progress = _resume(engine, plan, start)
     _announce(plan, engine)
-    metrics = MetricsLog(run_dir, resume_step=progress.step, active=dist.rank() == 0)
+    metrics = MetricsLog(run_dir, resume_step=progress.step if start else -1, active=dist.rank() == 0)
     try:
         with _asked_to_stop() as asked:
             return _run(plan, engine, dataset, metrics, progress, asked)
@@ -88,6 +108,8 @@ def _run(plan: Plan, engine: Engine, dataset: PackedDataset, metrics: MetricsLog
     """Steps from `progress.step` to the last one, or to the next step's border after a signal."""
     run_dir, total = Path(plan.config.run_dir), plan.schedule.total_steps
     checkpoint_steps = set(plan.checkpoint_steps())
+    if plan.valid and progress.step == 0:
+        metrics.write(validate(plan, engine, 0))
     watch = _StepWatch(plan, engine)
     for step in dataset.steps(progress.step, total):
         watch.data_is_there()
@@ -124,7 +146,7 @@ def claim_run_folder(run_dir: Path, config: RunConfig) -> None:
             listed = "\n  ".join(differing)
             raise ConfigError(f"{run_dir} belongs to another run:\n  {listed}\ngive this one a run_dir of its own, or "
                               f"start it with the old values")
-    elif run_dir.is_dir() and any((run_dir / "checkpoints").glob("*")):
+    elif any((run_dir / "checkpoints").glob("*")):
         raise ConfigError(f"{run_dir} has checkpoints but no {CONFIG}; give this run a run_dir of its own")
     dist.barrier()
     if dist.rank() == 0 and not path.is_file():

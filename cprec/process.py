@@ -1,0 +1,63 @@
+"""Processes that belong together: a child that does not outlive its parent, a folder that has one writer.
+
+A SIGKILL reaches one process. Without this its children would write on, into folders that the restarted job also
+writes. Linux only (prctl, flock); elsewhere children may outlive their parent, and the lock still holds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cprec.errors import ConfigError
+from cprec.log import get_logger
+
+log = get_logger(__name__)
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(signal_number: int) -> None:
+    """Have the kernel send this process `signal_number` when the thread that started it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal_number)
+
+
+@contextmanager
+def only_writer(folder: Path, *, wait_s: float = 60.0) -> Iterator[None]:
+    """Be the only writer of `folder` while inside; the lock goes with the process, however it ends.
+
+    The lock file stands beside the folder, which is not touched. Waits up to `wait_s` seconds for another holder to
+    finish, then raises ConfigError naming the folder and its holder.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f".{folder.name}.lock"
+    with path.open("a+") as f:
+        _wait_for(f.fileno(), path, folder, wait_s)
+        f.seek(0)
+        f.truncate()
+        f.write(str(os.getpid()))
+        f.flush()
+        yield
+
+
+def _wait_for(fd: int, path: Path, folder: Path, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    said = False
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = path.read_text() or "unknown"
+            if time.monotonic() > deadline:
+                raise ConfigError(f"{folder} is being written by process {holder}; wait for it or stop it, or use "
+                                  f"another folder") from None
+            if not said:
+                log.warning("%s is being written by process %s: waiting up to %.0f s", folder, holder, wait_s)
+                said = True
+            time.sleep(0.2)

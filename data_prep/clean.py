@@ -1,0 +1,182 @@
+"""Stage 2, clean: titles made plain, unusable items and events dropped with a count per reason; and the k-core.
+
+reads: `interactions/ingested.parquet`, `items/ingested.parquet`. writes: `items/titled.parquet` (titles after
+cleaning), `items/mapping.parquet` (which item stands for which, and why one was dropped), `items/clean.parquet`,
+`interactions/clean.parquet` (sorted by user, time, hash). Titles are cleaned in Python, one batch in memory.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ibis
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cprec.log import get_logger
+from data_prep.config import CleanSettings
+from data_prep.engine import Engine, Table, event_hash, write_parquet
+from data_prep.records import INTERACTIONS, ITEMS, Corpora, Counts, Layout, title_key
+
+log = get_logger(__name__)
+
+CLEAN_INTERACTIONS = INTERACTIONS.append(pa.field("h", pa.string()))
+TITLED_ITEMS = ITEMS.append(pa.field("title_key", pa.string()))
+MAPPING = pa.schema([("domain", pa.string()), ("item_id", pa.string()), ("stands_for", pa.string()),
+                     ("dropped", pa.string())])
+NO_TITLE = "its item has no title"
+IN_UNSEEN = "its title is in an unseen domain's catalogue"
+_CONTROL = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), " ")
+
+
+@dataclass(frozen=True)
+class Title:
+    """A cleaned title, and whether it had to be cut."""
+
+    text: str
+    is_cut: bool
+
+
+def clean_title(title: str, *, max_chars: int) -> Title | None:
+    """The title on one line: HTML entities resolved, every run of white space and control characters one space.
+
+    Longer than `max_chars`, it is cut at the last word border before (inside the word where it has none).
+    None when nothing is left.
+    """
+    text = " ".join(html.unescape(title).translate(_CONTROL).split())
+    if not text:
+        return None
+    if len(text) <= max_chars:
+        return Title(text, is_cut=False)
+    head = text[:max_chars + 1]
+    border = head.rfind(" ")
+    return Title(head[:border] if border > 0 else head[:max_chars], is_cut=True)
+
+
+def clean(engine: Engine, layout: Layout, settings: CleanSettings, *, corpora: Corpora, seed: int) -> Counts:
+    """Run the stage; every dropped or changed row is in the counts."""
+    counts = Counts("clean")
+    _clean_titles(layout, settings, counts)
+    _map_items(engine, layout, settings, corpora, counts)
+    _clean_events(engine, layout, corpora, counts, seed=seed)
+    items, mapping = engine.read(layout.titled_items), engine.read(_mapping(layout))
+    used = engine.read(layout.interactions).select("domain", "item_id").distinct()
+    standing = mapping.filter((mapping.dropped == "") & (mapping.item_id == mapping.stands_for))
+    usable = engine.count(standing)
+    kept = _one_row_each(items).semi_join(used, ["domain", "item_id"])
+    n_items = engine.write(kept, layout.items, schema=TITLED_ITEMS, order_by=["domain", "item_id"])
+    counts.add("items without a usable event", usable - n_items)
+    counts.add("items kept", n_items)
+    return counts
+
+
+def k_core(engine: Engine, path: Path, settings: CleanSettings, counts: Counts) -> None:
+    """Shrink the training events in `path` until every user has `min_user_events` and every item `min_item_events`
+    in its domain. Only ever called on the training window: later events must not decide what is learned from."""
+    n_before = engine.count(engine.read(path))
+    n_last = -1
+    n_events = n_before
+    while settings.min_user_events * settings.min_item_events > 1 and n_events != n_last:
+        events = engine.read(path)
+        of_user = events.count().over(group_by=["domain", "user_id"])
+        of_item = events.count().over(group_by=["domain", "item_id"])
+        counted = events.mutate(of_user=of_user, of_item=of_item)
+        core = counted.filter((counted.of_user >= settings.min_user_events)
+                              & (counted.of_item >= settings.min_item_events))
+        n_last, n_events = n_events, engine.write(core, path, schema=CLEAN_INTERACTIONS,
+                                                  order_by=["user_id", "ts_ms", "h"])
+    counts.add("training events outside the k-core", n_before - n_events)
+
+
+def _mapping(layout: Layout) -> Path:
+    return layout.items.with_name("mapping.parquet")
+
+
+def _clean_titles(layout: Layout, settings: CleanSettings, counts: Counts) -> None:
+    n_cut = n_changed = 0
+
+    def titled() -> Iterator[pa.RecordBatch]:
+        nonlocal n_cut, n_changed
+        for batch in pq.ParquetFile(layout.raw_items).iter_batches():
+            raw = batch["title"].to_pylist()
+            cleaned = [None if t is None else clean_title(t, max_chars=settings.max_title_chars) for t in raw]
+            n_cut += sum(t.is_cut for t in cleaned if t)
+            n_changed += sum(t.text != r for t, r in zip(cleaned, raw, strict=True) if t and not t.is_cut)
+            titles = pa.array([t.text if t else None for t in cleaned], pa.string())
+            keys = pa.array([title_key(t.text) if t else None for t in cleaned], pa.string())
+            batch = batch.set_column(batch.schema.get_field_index("title"), "title", titles)
+            yield batch.append_column("title_key", keys).select(TITLED_ITEMS.names)
+
+    n_items = write_parquet(titled(), layout.titled_items, schema=TITLED_ITEMS)
+    counts.add("items read", n_items)
+    counts.add("titles changed by unescaping or white space", n_changed)
+    counts.add(f"titles cut to {settings.max_title_chars} characters", n_cut)
+
+
+def _one_row_each(items: Table) -> Table:
+    """One row per (domain, item_id): the smallest title, brand, category where the source repeats it."""
+    order = [ibis.asc(items[c], nulls_first=False) for c in ("title", "brand", "category")]
+    numbered = items.mutate(nth=ibis.row_number().over(group_by=["domain", "item_id"], order_by=order))
+    return numbered.filter(numbered.nth == 0).drop("nth")
+
+
+def _map_items(engine: Engine, layout: Layout, settings: CleanSettings, corpora: Corpora, counts: Counts) -> None:
+    """Write which item stands for which; `dropped` says why an item is out, empty when it stays."""
+    everything = engine.read(layout.titled_items)
+    chosen = everything.filter(everything.domain.isin([*corpora.pretrain, *corpora.unseen]))
+    items = _one_row_each(chosen)
+    n_chosen = engine.count(chosen)
+    counts.add("items of domains not chosen", engine.count(everything) - n_chosen)
+    unseen_keys = items.filter(items.domain.isin(list(corpora.unseen))).select(unseen_key="title_key").distinct()
+    items = items.left_join(unseen_keys, items.title_key == unseen_keys.unseen_key)
+    leaks = items.unseen_key.notnull() & items.domain.isin(list(corpora.pretrain))
+    items = items.mutate(dropped=ibis.cases((items.title.isnull(), NO_TITLE), (leaks, IN_UNSEEN), else_=""))
+    stands_for = items.item_id
+    if settings.merge_same_titles:
+        twin_id = items.item_id.min().over(group_by=["domain", "title_key"])
+        stands_for = ibis.cases((items.dropped == "", twin_id), else_=items.item_id)
+    n_items = engine.write(items.mutate(stands_for=stands_for), _mapping(layout), schema=MAPPING,
+                           order_by=["domain", "item_id"])
+    counts.add("item rows repeated in the source", n_chosen - n_items)
+    mapping = engine.read(_mapping(layout))
+    dropped = mapping.filter(mapping.dropped != "")
+    for row in _count_by(engine, dropped, ["dropped", "domain"]):
+        counts.add(f"items of {row[1]} dropped: {row[0]}", int(row[2]))
+    counts.add("items merged into one of the same title",
+               engine.count(mapping.filter(mapping.item_id != mapping.stands_for)))
+
+
+def _count_by(engine: Engine, table: Table, by: Sequence[str]) -> list[tuple[str, ...]]:
+    grouped = table.group_by(list(by)).agg(n=table.count()).order_by(list(by))
+    return [tuple(row.values()) for row in engine.rows(grouped)]
+
+
+def _clean_events(engine: Engine, layout: Layout, corpora: Corpora, counts: Counts, *, seed: int) -> None:
+    raw = engine.read(layout.raw_interactions)
+    mapping = engine.read(_mapping(layout)).rename(map_domain="domain", map_item="item_id")
+    events = raw.left_join(mapping, [raw.domain == mapping.map_domain, raw.item_id == mapping.map_item])
+    missing = events.user_id.isnull() | events.item_id.isnull() | events.ts_ms.isnull()
+    events = events.mutate(reason=ibis.cases(
+        (missing, "user, item or time is missing"),
+        (events.domain.isnull(), "its domain is unknown"),
+        (events.domain.notin([*corpora.pretrain, *corpora.unseen]), "its domain is not chosen"),
+        (events.ts_ms <= 0, "its time is not positive"),
+        (events.dropped.isnull(), "the catalogue has no such item"),
+        (events.dropped != "", events.dropped),
+        else_=""))
+    counts.add("events read", engine.count(raw))
+    n_good = 0
+    for reason, n in _count_by(engine, events, ["reason"]):
+        if reason:
+            counts.add(f"events dropped: {reason}", int(n))
+        else:
+            n_good = int(n)
+    good = events.filter(events.reason == "").drop("item_id").rename(item_id="stands_for")
+    once = good.group_by(["user_id", "domain", "item_id", "ts_ms"]).agg(rating=good.rating.max())
+    n_kept = engine.write(once.mutate(h=event_hash(once, seed=seed)), layout.interactions, schema=CLEAN_INTERACTIONS,
+                          order_by=["user_id", "ts_ms", "h"])
+    counts.add("events dropped: the same user, item and time again", n_good - n_kept)
+    counts.add("events kept", n_kept)

@@ -1,0 +1,199 @@
+"""The settings of a preparation: one YAML file, checked as a whole before anything is read or written.
+
+reads: a YAML file (through `cprec.settings`). writes: nothing. Times are milliseconds since 1970, UTC.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cprec.errors import did_you_mean
+from cprec.settings import Settings
+from data_prep.records import PARSER_NAMES, TEMPLATE_NAMES, Corpora
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class EngineSettings(Settings):
+    """The relational engine of stages 1-4. None of this changes a byte of the output."""
+
+    name: Literal["duckdb"] = "duckdb"
+    memory_limit: str = "2GB"
+    threads: int | None = Field(default=None, ge=1)
+    spill: str | None = None
+    """Folder for what does not fit into memory; default: `spill/` below `out`."""
+
+
+class Columns(Settings):
+    """Names of the source's columns; null means the parser's default name, for optional ones: taken where present."""
+
+    user_id: str | None = None
+    item_id: str | None = None
+    timestamp: str | None = None
+    timestamp_unit: Literal["s", "ms", "auto"] = "auto"
+    rating: str | None = None
+    domain: str | None = None
+    """Column of the interactions that says the shop; only where the dataset has no `domain` of its own."""
+    title: str | None = None
+    brand: str | None = None
+    category: str | None = None
+
+
+class Dataset(Settings):
+    """One source: `path` is a file, a folder of files, or `package:<distribution>/<path inside it>`."""
+
+    parser: str
+    path: str
+    items: str | None = None
+    domain: str | None = None
+    columns: Columns = Columns()
+
+    @field_validator("parser")
+    @classmethod
+    def _known_parser(cls, value: str) -> str:
+        if value not in PARSER_NAMES:
+            raise ValueError(f"no such parser; {did_you_mean(value, PARSER_NAMES)}")
+        return value
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _null_means_defaults(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+class Domains(Settings):
+    """Which shops are learned from, and which are kept out of every training corpus to be ranked on."""
+
+    pretrain: Annotated[list[str], Field(min_length=1)]
+    unseen: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Domains:
+        twice = sorted(d for d, n in Counter([*self.pretrain, *self.unseen]).items() if n > 1)
+        if twice:
+            raise ValueError(f"{', '.join(twice)} named more than once in pretrain and unseen; a domain is either "
+                             f"learned from or unseen: keep each in one list")
+        odd = sorted(d for d in [*self.pretrain, *self.unseen] if not d or "/" in d or d in (".", ".."))
+        if odd:
+            raise ValueError(f"{', '.join(map(repr, odd))} cannot name a folder; use names without '/'")
+        return self
+
+    @property
+    def corpora(self) -> Corpora:
+        return Corpora(tuple(sorted(self.pretrain)), tuple(sorted(self.unseen)))
+
+
+class CleanSettings(Settings):
+    """Rules of stage 2. The two minima are a k-core of the training window, iterated until nothing changes."""
+
+    merge_same_titles: bool = False
+    max_title_chars: Positive = 300
+    min_user_events: Positive = 1
+    min_item_events: Positive = 1
+
+
+class SplitSettings(Settings):
+    """The global clock: given, or quantiles of the time stamps of all chosen domains together."""
+
+    t_valid: int | None = None
+    t_test: int | None = None
+    quantiles: tuple[float, float] = (0.8, 0.9)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SplitSettings:
+        if (self.t_valid is None) != (self.t_test is None):
+            raise ValueError("t_valid and t_test go together: give both (ms since 1970) or neither")
+        if self.t_valid is not None and self.t_test is not None and not 0 < self.t_valid < self.t_test:
+            raise ValueError(f"t_valid={self.t_valid} must be positive and before t_test={self.t_test}")
+        low, high = self.quantiles
+        if not 0 < low < high < 1:
+            raise ValueError(f"quantiles={list(self.quantiles)} must rise strictly between 0 and 1, e.g. [0.8, 0.9]")
+        return self
+
+
+class SequenceSettings(Settings):
+    """Lengths of histories in items; a longer history is cut into windows of nearly equal length."""
+
+    min_items: Positive = 2
+    max_items: Positive = 50
+    mixed_min_domains: Positive = 2
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SequenceSettings:
+        if self.max_items < 2 * self.min_items - 1:
+            raise ValueError(f"max_items={self.max_items} is too small for min_items={self.min_items}: windows of a "
+                             f"long history could fall below the minimum; use at least {2 * self.min_items - 1}")
+        return self
+
+
+class TokenizerSettings(Settings):
+    """An existing tokenizer (`path`: folder, `.model` file or hub name), or one trained on the titles at hand."""
+
+    path: str | None = None
+    train_vocab_size: int | None = Field(default=None, ge=512)
+    exact: Literal["gather", "slow"] = "gather"
+    """`gather` encodes each line once; `slow` tokenizes every document whole, for tokenizers that merge over lines."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> TokenizerSettings:
+        if (self.path is None) == (self.train_vocab_size is None):
+            raise ValueError("set exactly one of path (an existing tokenizer) and train_vocab_size (train one here)")
+        return self
+
+
+class PackSettings(Settings):
+    """Rows of `seq_len` tokens; `window` documents are planned at a time, `shard_rows` rows go into one file."""
+
+    seq_len: int = Field(default=1024, ge=16)
+    shard_rows: Positive = 4096
+    window: Positive = 1_000_000
+
+
+class QuerySettings(Settings):
+    """One frozen ranking query per user and domain; see `cprec.format.QueriesManifest`."""
+
+    target: Literal["first", "last"] = "first"
+    seen: Literal["exclude", "include"] = "exclude"
+    min_history: Positive = 3
+    max_history: Positive = 50
+    max_per_domain: int | None = Field(default=None, ge=1)
+
+
+class PrepConfig(Settings):
+    """Everything `launch/prepare.py` needs to know."""
+
+    out: str
+    seed: int = 17
+    engine: EngineSettings = EngineSettings()
+    workers: Positive = Field(default_factory=lambda: min(os.cpu_count() or 1, 8))
+    datasets: Annotated[list[Dataset], Field(min_length=1)]
+    domains: Domains
+    clean: CleanSettings = CleanSettings()
+    split: SplitSettings = SplitSettings()
+    regime: Literal["overlap", "disjoint"] = "overlap"
+    sequences: SequenceSettings = SequenceSettings()
+    template: str = "cprec"
+    tokenizer: TokenizerSettings
+    pack: PackSettings = PackSettings()
+    queries: QuerySettings = QuerySettings()
+
+    @field_validator("template")
+    @classmethod
+    def _known_template(cls, value: str) -> str:
+        if value not in TEMPLATE_NAMES:
+            raise ValueError(f"no such template; {did_you_mean(value, TEMPLATE_NAMES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _regime_needs_unseen(self) -> PrepConfig:
+        if self.regime == "disjoint" and not self.domains.unseen:
+            raise ValueError("regime='disjoint' removes the held-out users of the unseen domains, but domains.unseen "
+                             "is empty; name one, or use regime: overlap")
+        if self.queries.min_history > self.queries.max_history:
+            raise ValueError(f"queries.min_history={self.queries.min_history} is above queries.max_history="
+                             f"{self.queries.max_history}; lower one or raise the other")
+        return self

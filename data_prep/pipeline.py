@@ -1,0 +1,345 @@
+"""The preparation from raw files to packed corpora and frozen queries, stage by stage, restartable at any point.
+
+reads: what the config names. writes: everything below `out`; a finished stage leaves `stages/<stage>.json`, written
+last by rename. A restart skips finished stages; a folder that was prepared otherwise is refused and left as it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from cprec.errors import DataError, did_you_mean, raise_all
+from cprec.format import MANIFEST, Template, TokenizerInfo, file_hash, list_corpora, read_manifest, write_atomically
+from cprec.log import get_logger
+from cprec.process import only_writer
+from cprec.settings import dump_settings
+from data_prep.audit import audit
+from data_prep.clean import clean, k_core
+from data_prep.config import PrepConfig
+from data_prep.encode import encode_catalogue, prove, tokenizer_info
+from data_prep.engine import Engine, Table
+from data_prep.pack import Corpus, pack_corpus
+from data_prep.parsers.registry import PARSERS
+from data_prep.queries import write_queries
+from data_prep.records import INTERACTIONS, ITEMS, Counts, Layout, Split, Stamp, digest, write_report
+from data_prep.sequences import write_catalogue, write_histories
+from data_prep.split import read_split, split, write_split
+from data_prep.templates import TEMPLATES
+from data_prep.vocabulary import train_tokenizer
+from data_prep.workers import Workers
+
+log = get_logger(__name__)
+
+TRAINED = "trained"
+"""What manifests call a tokenizer that was trained here."""
+FEW_COUNTS = 30
+"""A stage with more counts than this says them in report.md only."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: what decides its output, what it needs, what it leaves."""
+
+    name: str
+    needs: tuple[str, ...]
+    settings: dict[str, Any]
+    run: Callable[[], Counts]
+    outputs: Callable[[], Sequence[Path]]
+
+
+class Preparation:
+    """The stages of one config, bound to its output folder."""
+
+    def __init__(self, config: PrepConfig) -> None:
+        self.config = config
+        self.layout = Layout(Path(config.out))
+        self.corpora = config.domains.corpora
+        self.template: Template = TEMPLATES[config.template]
+
+    @cached_property
+    def sources(self) -> dict[str, Path]:
+        """Every file that the datasets are made of. Raises one DataError naming all datasets that lack one."""
+        problems: list[str] = []
+        found: dict[str, Path] = {}
+        for dataset in self.config.datasets:
+            try:
+                found |= PARSERS[dataset.parser].sources(dataset)
+            except DataError as e:
+                problems.append(str(e))
+        raise_all(problems, of="datasets", error=DataError)
+        return found
+
+    @cached_property
+    def source_hashes(self) -> dict[str, str]:
+        return {label: file_hash(path) for label, path in self.sources.items()}
+
+    @cached_property
+    def engine(self) -> Engine:
+        settings = self.config.engine
+        spill = Path(settings.spill) if settings.spill else self.layout.out / "spill"
+        return Engine(memory_limit=settings.memory_limit, threads=settings.threads, spill=spill)
+
+    @cached_property
+    def workers(self) -> Workers:
+        return Workers(self.config.workers)
+
+    def close(self) -> None:
+        """End the worker processes; give the engine's memory and its own spill folder back."""
+        self.workers.close()
+        if "engine" in self.__dict__:
+            self.engine.close()
+        shutil.rmtree(self.layout.out / "spill", ignore_errors=True)
+
+    @property
+    def tokenizer(self) -> str:
+        """What loads the tokenizer."""
+        return self.config.tokenizer.path or str(self.layout.tokenizer)
+
+    @cached_property
+    def tokenizer_info(self) -> TokenizerInfo:
+        return tokenizer_info(self.tokenizer, self.config.tokenizer.path or TRAINED)
+
+    @cached_property
+    def split(self) -> Split:
+        return read_split(self.layout)
+
+    def stages(self) -> list[Stage]:
+        """All stages in order. Settings are what would change the output: not workers, not the engine's limits."""
+        c, at = self.config, self.layout
+        domains = c.domains.model_dump(mode="json")
+        minima = {"min_user_events": c.clean.min_user_events, "min_item_events": c.clean.min_item_events}
+        trains = c.tokenizer.train_vocab_size is not None
+        vocabulary = [Stage("vocabulary", ("sequences",), {"train_vocab_size": c.tokenizer.train_vocab_size},
+                            self._vocabulary, lambda: sorted(at.tokenizer.iterdir()))] if trains else []
+        return [
+            Stage("ingest", (), {"datasets": [d.model_dump(mode="json") for d in c.datasets]},
+                  self._ingest, lambda: [at.raw_interactions, at.raw_items]),
+            Stage("clean", ("ingest",), {"seed": c.seed, "domains": domains, "clean": {
+                k: v for k, v in c.clean.model_dump(mode="json").items() if k not in minima}},
+                  self._clean, lambda: [at.titled_items, at.items, at.interactions]),
+            Stage("split", ("clean",), {"split": c.split.model_dump(mode="json"), "regime": c.regime, "clean": minima},
+                  self._split, lambda: [at.split, at.holdout, at.train]),
+            Stage("sequences", ("split",), {"sequences": c.sequences.model_dump(mode="json"),
+                                            "template": self.template.model_dump(mode="json")},
+                  self._sequences, lambda: [at.catalogue, *map(at.histories, self.corpora.all)]),
+            *vocabulary,
+            Stage("encode", ("vocabulary",) if trains else ("sequences",),
+                  {"tokenizer": {"path": c.tokenizer.path, "exact": c.tokenizer.exact}},
+                  self._encode, lambda: [at.segments, at.segments_info]),
+            Stage("pack", ("encode",), {"pack": c.pack.model_dump(mode="json")},
+                  self._pack, lambda: sorted(p for p in at.packed.rglob("*") if p.is_file())),
+            Stage("queries", ("sequences",), {"queries": c.queries.model_dump(mode="json")},
+                  self._queries, lambda: sorted(at.queries.iterdir())),
+            Stage("audit", ("pack",), {}, self._audit, lambda: [at.audit]),
+        ]
+
+    def _ingest(self) -> Counts:
+        parsed = [PARSERS[d.parser].parse(self.engine, d) for d in self.config.datasets]
+        interactions = self.engine.union([p[0] for p in parsed])
+        items = self.engine.union([p[1] for p in parsed])
+        self._require_domains(interactions, items)
+        counts = Counts("ingest")
+        counts.add("events", self.engine.write(interactions, self.layout.raw_interactions, schema=INTERACTIONS,
+                                               order_by=["user_id", "ts_ms", "domain", "item_id", "rating"]))
+        counts.add("items", self.engine.write(items, self.layout.raw_items, schema=ITEMS, order_by=ITEMS.names))
+        return counts
+
+    def _require_domains(self, interactions: Table, items: Table) -> None:
+        """Raise one DataError naming every configured domain without events, or without items."""
+        problems: list[str] = []
+        for what, table in (("events", interactions), ("items", items)):
+            found = {row["domain"] for row in self.engine.rows(table.select("domain").distinct())} - {None}
+            problems += [f"domain {d!r}: no dataset has {what} of it; {did_you_mean(d, found)}"
+                         for d in (*self.corpora.pretrain, *self.corpora.unseen) if d not in found]
+        raise_all(problems, of="domains", error=DataError)
+
+    def _clean(self) -> Counts:
+        return clean(self.engine, self.layout, self.config.clean, corpora=self.corpora, seed=self.config.seed)
+
+    def _split(self) -> Counts:
+        counts = Counts("split")
+        made = split(self.engine, self.layout, self.config.split, corpora=self.corpora, regime=self.config.regime,
+                     counts=counts)
+        k_core(self.engine, self.layout.train, self.config.clean, counts)
+        counts.add("training events", pq.ParquetFile(self.layout.train).metadata.num_rows)
+        write_split(self.layout, made)
+        return counts
+
+    def _sequences(self) -> Counts:
+        counts = Counts("sequences")
+        write_catalogue(self.engine, self.layout, template=self.template, split=self.split, counts=counts)
+        write_histories(self.engine, self.layout, self.config.sequences, corpora=self.corpora, split=self.split,
+                        counts=counts)
+        return counts
+
+    def _vocabulary(self) -> Counts:
+        size = self.config.tokenizer.train_vocab_size
+        assert size is not None, "the stage exists only where a tokenizer is to be trained"
+        return train_tokenizer(self.layout, vocab_size=size, lead_in=self.template.lead_in, corpora=self.corpora)
+
+    def _encode(self) -> Counts:
+        if self.config.tokenizer.exact == "slow":
+            write_atomically(self.layout.segments_info, self.tokenizer_info.model_dump_json(indent=1))
+            return Counts("encode", {"segments (exact: slow tokenizes documents whole)": 0})
+        counts = encode_catalogue(self.layout, tokenizer=self.tokenizer, info=self.tokenizer_info,
+                                  template=self.template, workers=self.workers)
+        n = prove(self.layout, self.corpora.all, tokenizer=self.tokenizer, template=self.template,
+                  seed=self.config.seed)
+        counts.add("sampled histories whose gathered ids are those of the whole text", n)
+        return counts
+
+    def _pack(self) -> Counts:
+        counts = Counts("pack")
+        slow = self.config.tokenizer.exact == "slow"
+        lines = pq.read_table(self.layout.catalogue, columns=["line"])["line"] if slow else None
+        for name in self.corpora.all:
+            if pq.ParquetFile(self.layout.histories(name)).metadata.num_rows:
+                pack_corpus(self._corpus(name), self.config.pack, lines=lines, workers=self.workers,
+                            counts=counts)
+        return counts
+
+    def _corpus(self, name: str) -> Corpus:
+        kind, _, domain = name.partition("/")
+        return Corpus(
+            name=name, kind="valid" if kind == "valid" else "train", domain=domain or name,
+            folder=self.layout.packed / name, histories=self.layout.histories(name), segments=self.layout.segments,
+            tokenizer_name=self.tokenizer, tokenizer=self.tokenizer_info, template=self.template,
+            seed=self.config.seed, split_hash=self.split.hash, sources=self.source_hashes,
+            inputs_key=read_stamp(self.layout, "encode").key)
+
+    def _queries(self) -> Counts:
+        return write_queries(self.engine, self.layout, self.config.queries, corpora=self.corpora, split=self.split,
+                             template=self.template, regime=self.config.regime, seed=self.config.seed)
+
+    def _audit(self) -> Counts:
+        return audit(self.engine, self.layout, corpora=self.corpora, split=self.split, tokenizer=self.tokenizer,
+                     regime=self.config.regime, seed=self.config.seed)
+
+
+def prepare(config: PrepConfig) -> None:
+    """Run every stage that is not finished yet. Raises ConfigError or DataError; a restart goes on from there."""
+    with only_writer(Path(config.out), wait_s=5):
+        _prepare(config)
+
+
+def _prepare(config: PrepConfig) -> None:
+    preparation = Preparation(config)
+    try:
+        stages = preparation.stages()
+        finished = finished_stages(preparation, stages)
+        preparation.layout.out.mkdir(parents=True, exist_ok=True)
+        preparation.layout.stamp("").parent.mkdir(exist_ok=True)
+        write_atomically(preparation.layout.out / "config.yaml", dump_settings(config))
+        for stage in stages:
+            if stage.name in finished:
+                log.info("stage %s: finished earlier, kept", stage.name)
+            else:
+                finished[stage.name] = _run(preparation, stage, finished)
+        write_report(preparation.layout.out, finished)
+    finally:
+        preparation.close()
+    for line in summary(preparation.layout, finished):
+        log.info("%s", line)
+
+
+def finished_stages(preparation: Preparation, stages: Sequence[Stage]) -> dict[str, Stamp]:
+    """Stamps of the stages that need not run again. Writes nothing.
+
+    Raises DataError when the folder holds something else, or the work of another config or of other sources.
+    """
+    layout = preparation.layout
+    _ = preparation.sources  # a missing one is said before anything else happens
+    if layout.out.is_dir() and any(layout.out.iterdir()) and not layout.stamp("").parent.is_dir():
+        raise DataError(f"out={layout.out} is not empty and is no prepared folder; give another out")
+    finished: dict[str, Stamp] = {}
+    for stage in stages:
+        if not layout.stamp(stage.name).is_file():
+            continue
+        stamp = read_stamp(layout, stage.name)
+        inputs = _inputs(preparation, stage, finished)
+        different = _differences(stamp, stage, inputs)
+        if different:
+            listed = "\n".join(f"  {d}" for d in different)
+            raise DataError(f"out={layout.out}: stage {stage.name} there was prepared otherwise; nothing was changed\n"
+                            f"{listed}\n  give another out, or delete {layout.out} to prepare it anew")
+        if all(name in finished for name in stage.needs) and _outputs_are_there(layout, stamp):
+            finished[stage.name] = stamp
+    return finished
+
+
+def _run(preparation: Preparation, stage: Stage, finished: dict[str, Stamp]) -> Stamp:
+    start_s = time.monotonic()
+    layout = preparation.layout
+    counts = stage.run()
+    inputs = _inputs(preparation, stage, finished)
+    outputs = {str(p.relative_to(layout.out)): -1 if p.name == MANIFEST else p.stat().st_size
+               for p in stage.outputs() if p.is_file()}
+    stamp = Stamp(stage=stage.name, settings=stage.settings, inputs=inputs, outputs=outputs, counts=counts.by_reason,
+                  key=digest([stage.name, stage.settings, inputs]))
+    write_atomically(layout.stamp(stage.name), stamp.model_dump_json(indent=1))
+    log.info("stage %s: done in %.1f s", stage.name, time.monotonic() - start_s)
+    if len(counts.by_reason) <= FEW_COUNTS:
+        for reason, n in counts.by_reason.items():
+            log.info("  %12s  %s", f"{n:,}", reason)
+    return stamp
+
+
+def read_stamp(layout: Layout, stage: str) -> Stamp:
+    """The stamp of a finished stage."""
+    return Stamp.model_validate_json(layout.stamp(stage).read_text(encoding="utf-8"))
+
+
+def _inputs(preparation: Preparation, stage: Stage, finished: dict[str, Stamp]) -> dict[str, str]:
+    """What the stage is made from: upstream keys, the sources, the tokenizer."""
+    inputs = {name: finished[name].key for name in stage.needs if name in finished}
+    if stage.name == "ingest":
+        inputs = preparation.source_hashes
+    if stage.name == "encode" and preparation.config.tokenizer.path is not None:
+        inputs = inputs | {"tokenizer": preparation.tokenizer_info.fingerprint}
+    return inputs
+
+
+def _differences(stamp: Stamp, stage: Stage, inputs: dict[str, str]) -> list[str]:
+    """What the finished stage was made with that is not so now; a missing upstream stage is made again first."""
+    was, now = _flat(stamp.settings), _flat(stage.settings)
+    found = [f"{k}: {was.get(k, '(not set)')!r} there, {now.get(k, '(not set)')!r} now"
+             for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
+    found += [f"{name} is not what it was made from" for name, key in inputs.items() if stamp.inputs.get(name) != key]
+    return found
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}
+    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        return {k: v for i, inner in enumerate(value) for k, v in _flat(inner, f"{prefix}{i}.").items()}
+    return {prefix.removesuffix("."): value}
+
+
+def _outputs_are_there(layout: Layout, stamp: Stamp) -> bool:
+    """Whether every file of a finished stage still has its size; one that is gone is made again."""
+    return all((layout.out / name).is_file() and size in (-1, (layout.out / name).stat().st_size)
+               for name, size in stamp.outputs.items())
+
+
+def summary(layout: Layout, finished: dict[str, Stamp]) -> list[str]:
+    """The result in a table for people: each corpus' rows, tokens and fill, each domain's queries, the verdict."""
+    lines = [f"{'corpus':<28} {'documents':>10} {'rows':>8} {'tokens':>12} {'fill':>8}  audit"]
+    for name in list_corpora(layout.packed):
+        m = read_manifest(layout.packed / name)
+        verdict = "missing" if m.audit is None else "passed" if m.audit.passed else "FAILED"
+        lines.append(f"{name:<28} {m.n_documents:>10,} {m.n_rows:>8,} {m.n_tokens:>12,} {m.fill:>8.3%}  {verdict}")
+    counted = finished["queries"].counts
+    domains = [reason.removesuffix(": queries") for reason in counted if reason.endswith(": queries")]
+    lines += [f"queries in {d}: {counted[f'{d}: queries']:,} over {counted[f'{d}: items to rank']:,} items"
+              for d in domains]
+    lines.append(f"everything dropped or changed is counted in {layout.out / 'report.md'}")
+    return lines

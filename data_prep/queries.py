@@ -1,0 +1,98 @@
+"""Stage 6', queries: one frozen ranking query per user and domain, and the titles to rank.
+
+reads: `interactions/clean.parquet`, `catalogue.parquet`, `split.json`. writes: `queries/<domain>.parquet`,
+`queries/<domain>.items.parquet` and last `queries/manifest.json`, as `cprec.format.QueriesManifest` documents them.
+Out of core.
+"""
+
+from __future__ import annotations
+
+import ibis
+import pyarrow as pa
+
+from cprec.errors import DataError
+from cprec.format import MANIFEST, QueriesManifest, Template, file_hash, write_atomically
+from data_prep.config import QuerySettings
+from data_prep.engine import Engine, Table
+from data_prep.records import Corpora, Counts, Layout, Split
+
+ITEMS = pa.schema([
+    ("item", pa.int32()), ("item_id", pa.string()), ("title", pa.string()), ("line", pa.string()),
+    ("n_train", pa.int64()), ("first_ts", pa.int64()),
+])
+QUERIES = pa.schema([
+    ("user_id", pa.string()), ("history", pa.list_(pa.int32())), ("seen", pa.list_(pa.int32())),
+    ("target", pa.int32()), ("query_ts", pa.int64()), ("is_repeat", pa.bool_()), ("is_cold", pa.bool_()),
+])
+
+
+def write_queries(engine: Engine, layout: Layout, settings: QuerySettings, *, corpora: Corpora, split: Split,
+                  template: Template, regime: str, seed: int) -> Counts:
+    """Write the queries of every domain. Raises DataError naming the domains that have none."""
+    counts = Counts("queries")
+    n_queries: dict[str, int] = {}
+    n_items: dict[str, int] = {}
+    domains = sorted((*corpora.pretrain, *corpora.unseen))
+    for domain in domains:
+        items = _items(engine.read(layout.catalogue), domain)
+        n_items[domain] = engine.write(items, layout.queries / f"{domain}.items.parquet", schema=ITEMS,
+                                       order_by=["item"])
+        events = _events(engine, layout, domain)
+        queries = make_queries(events, settings, split=split, seed=seed)
+        n_queries[domain] = engine.write(queries, layout.queries / f"{domain}.parquet", schema=QUERIES,
+                                         order_by=["user_id"])
+        counts.add(f"{domain}: queries", n_queries[domain])
+        counts.add(f"{domain}: items to rank", n_items[domain])
+    empty = [d for d in domains if not n_queries[d]]
+    if empty:
+        raise DataError(f"no ranking query in {', '.join(empty)}: no user there has {settings.min_history} events "
+                        f"before an event from {split.t_test} ms on that qualifies (seen: {settings.seen}); lower "
+                        f"queries.min_history, move the clock earlier, or take the domain out")
+    files = [f"{d}{suffix}" for d in domains for suffix in (".items.parquet", ".parquet")]
+    manifest = QueriesManifest.model_validate({
+        "domains": {d: "pretrain" if d in corpora.pretrain else "unseen" for d in domains},
+        "n_queries": n_queries, "n_items": n_items, "template": template,
+        "split": {"t_valid": split.t_valid, "t_test": split.t_test}, "split_hash": split.hash, "regime": regime,
+        "target": settings.target, "seen": settings.seen, "max_history": settings.max_history, "seed": seed,
+        "files": {f: file_hash(layout.queries / f) for f in files}})
+    write_atomically(layout.queries / MANIFEST, manifest.model_dump_json(indent=1))
+    return counts
+
+
+def _items(catalogue: Table, domain: str) -> Table:
+    """The domain's items, numbered from 0 by item_id."""
+    mine = catalogue.filter(catalogue.domain == domain)
+    return mine.mutate(item=ibis.row_number().over(order_by=mine.item_id).cast("int32"))
+
+
+def _events(engine: Engine, layout: Layout, domain: str) -> Table:
+    """The domain's events with the number and first time of their item."""
+    events = engine.read(layout.interactions)
+    items = engine.read(layout.queries / f"{domain}.items.parquet").select("item", "item_id", "first_ts")
+    return events.filter(events.domain == domain).inner_join(items, "item_id")
+
+
+def make_queries(events: Table, settings: QuerySettings, *, split: Split, seed: int) -> Table:
+    """One query per user: the target is the first or last event from `t_test` on that has `min_history` events before
+    it (and, with `seen: exclude`, whose item is new to the user); the history is all that came before it."""
+    order = [events.ts_ms, events.h]
+    placed = events.mutate(place=ibis.row_number().over(group_by="user_id", order_by=order),
+                           again=ibis.row_number().over(group_by=["user_id", "item"], order_by=order) > 0)
+    qualifies = (placed.ts_ms >= split.t_test) & (placed.place >= settings.min_history)
+    if settings.seen == "exclude":
+        qualifies = qualifies & ~placed.again
+    possible = placed.filter(qualifies)
+    nearest = possible.place.asc() if settings.target == "first" else possible.place.desc()
+    ranked = possible.mutate(choice=ibis.row_number().over(group_by="user_id", order_by=nearest))
+    targets = ranked.filter(ranked.choice == 0).select(
+        "user_id", target="item", query_ts="ts_ms", is_repeat="again", until="place",
+        is_cold=ranked.first_ts >= split.t_valid,
+        lot=ibis.literal("\x1f").join([ibis.literal(str(seed)), ranked.domain, ranked.user_id]).hexdigest("md5"))
+    if settings.max_per_domain is not None:
+        targets = targets.order_by(["lot", "user_id"]).limit(settings.max_per_domain)
+    before = placed.inner_join(targets, "user_id").filter(ibis._.place < ibis._.until)
+    by = ["user_id", "target", "query_ts", "is_repeat", "is_cold"]
+    return before.group_by(by).agg(
+        history=before["item"].collect(where=before.place >= before.until - settings.max_history,
+                                       order_by=before.place),
+        seen=before["item"].collect(where=~before.again, order_by=before.place))

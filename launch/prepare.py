@@ -1,0 +1,43 @@
+"""Prepare corpora and ranking queries from raw interaction logs; CPU only, restartable.
+
+python launch/prepare.py --config data_prep/configs/complete_journey.yaml [key.sub=value ...] [--dry-run]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from cprec import cli
+from cprec.settings import dump_settings, load_settings
+from data_prep.config import PrepConfig
+from data_prep.pipeline import Preparation, finished_stages, prepare
+
+
+def main() -> None:
+    """Read the command line, then prepare or say what would be done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file, see data_prep/configs/")
+    parser.add_argument("--dry-run", action="store_true", help="check config and sources, say what would run, stop")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings on top of the file")
+    args = parser.parse_args()
+    config = load_settings(PrepConfig, args.config, args.overrides)
+    if args.dry_run:
+        show_plan(config)
+    else:
+        prepare(config)
+
+
+def show_plan(config: PrepConfig) -> None:
+    """Print the resolved settings and which stages would run; reads the sources' hashes, writes nothing."""
+    preparation = Preparation(config)
+    stages = preparation.stages()
+    finished = finished_stages(preparation, stages)
+    print(dump_settings(config))
+    for label, path in preparation.sources.items():
+        print(f"source {label}: {path.stat().st_size:,} bytes")
+    for stage in stages:
+        print(f"stage {stage.name}: {'finished' if stage.name in finished else 'to do'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,96 @@
+"""The floors of the house: imports go down only, none sideways; data_prep and cprec meet in a few files."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+FLOORS = [
+    "cprec.errors cprec.log",
+    "cprec.format cprec.schedule cprec.dist cprec.attention cprec.loss cprec.settings cprec.tokenizer cprec.process "
+    "data_prep.ragged",
+    "data_prep.records",
+    "cprec.cli cprec.config cprec.data.sampler cprec.data.collate data_prep.config data_prep.engine data_prep.workers",
+    "cprec.data.dataset cprec.model cprec.base cprec.train.metrics cprec.eval.queries cprec.eval.trie "
+    "cprec.eval.metrics cprec.eval.stats cprec.eval.results cprec.eval.tree_attention data_prep.clean "
+    "data_prep.split data_prep.sequences data_prep.templates data_prep.encode data_prep.pack data_prep.vocabulary "
+    "data_prep.parsers.complete_journey data_prep.parsers.recbole data_prep.parsers.tabular",
+    "cprec.plots cprec.train.plan cprec.eval.rank cprec.eval.baselines data_prep.audit data_prep.queries "
+    "data_prep.parsers.registry",
+    "cprec.train.engine cprec.train.checkpoint cprec.eval.run cprec.eval.report data_prep.pipeline",
+    "cprec.train.loop cprec.train.branch cprec.train.export",
+]
+FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}
+SHARED_WITH_DATA_PREP = {"cprec.errors", "cprec.log", "cprec.format", "cprec.settings", "cprec.tokenizer",
+                         "cprec.process"}
+THROUGH_ONE_MODULE = {
+    "deepspeed": {"cprec.train.engine"},
+    "matplotlib": {"cprec.plots"},
+    "duckdb": {"data_prep.engine"},
+}
+
+
+def modules() -> dict[str, Path]:
+    paths = [p for package in ("cprec", "data_prep") for p in sorted((REPO / package).rglob("*.py"))]
+    return {".".join(p.relative_to(REPO).with_suffix("").parts): p for p in paths if p.name != "__init__.py"}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, wherever in it; `from cprec import x` counts as `cprec.x`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_has_a_floor_and_every_floor_its_modules() -> None:
+    assert sorted(FLOOR_OF) == sorted(modules())
+
+
+@pytest.mark.parametrize("module", sorted(FLOOR_OF))
+def test_imports_go_down_only(module: str) -> None:
+    ours = {name for name in imports(modules()[module]) if name in FLOOR_OF}
+    upward = sorted(name for name in ours if FLOOR_OF[name] >= FLOOR_OF[module])
+    assert not upward, f"{module} (floor {FLOOR_OF[module]}) imports {upward}"
+
+
+@pytest.mark.parametrize("module", sorted(FLOOR_OF))
+def test_preparation_and_training_meet_only_at_their_border(module: str) -> None:
+    theirs = {name for name in imports(modules()[module]) if name in FLOOR_OF}
+    if module.startswith("data_prep."):
+        assert {n for n in theirs if n.startswith("cprec.")} <= SHARED_WITH_DATA_PREP
+        assert not {n for n in imports(modules()[module]) if n.split(".")[0] in ("torch", "deepspeed", "transformers")}
+    else:
+        assert not {n for n in theirs if n.startswith("data_prep.")}
+
+
+@pytest.mark.parametrize("package", THROUGH_ONE_MODULE)
+def test_a_package_that_shapes_the_system_comes_in_through_one_module(package: str) -> None:
+    users = {name for name, path in modules().items() if any(i.split(".")[0] == package for i in imports(path))}
+    assert users <= THROUGH_ONE_MODULE[package]
+
+
+def test_package_files_are_empty() -> None:
+    for path in [p for package in ("cprec", "data_prep") for p in (REPO / package).rglob("__init__.py")]:
+        assert path.read_text() == "", path
+
+
+def test_no_launch_script_shadows_a_module() -> None:
+    import importlib.metadata
+    import sys
+
+    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    assert not {p.stem for p in (REPO / "launch").glob("*.py")} & taken
+
+
+def test_no_file_is_longer_than_750_lines() -> None:
+    folders = ("cprec", "data_prep", "launch", "tests", "benchmarks")
+    lines = {p: len(p.read_text(encoding="utf-8").splitlines()) for f in folders for p in (REPO / f).rglob("*.py")}
+    assert len(lines) > 50 and max(lines.values()) <= 750, max(lines, key=lambda p: lines[p])

@@ -1,0 +1,58 @@
+"""One writer per folder, and no orphans."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cprec.errors import ConfigError
+from cprec.process import only_writer
+
+HOLD = """
+import sys, pathlib
+from cprec.process import only_writer
+with only_writer(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+PARENT = """
+import signal, subprocess, sys
+from cprec.process import die_with_parent
+child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"],
+                         preexec_fn=lambda: die_with_parent(signal.SIGKILL))
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def test_a_second_writer_is_refused_by_name_and_a_killed_one_leaves_the_folder_free(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(ConfigError, match=f"run is being written by process {holder.pid}"), \
+            only_writer(folder, wait_s=0):
+        pytest.fail("two writers")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with only_writer(folder, wait_s=30):
+        assert not folder.exists()  # the lock stands beside it
+
+
+def test_a_child_does_not_outlive_its_killed_parent() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert parent.stdout.readline() == b"up\n"
+    child_handle = os.pidfd_open(child)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    import select
+
+    assert select.select([child_handle], [], [], 30)[0], "the child still lives"
+    os.close(child_handle)

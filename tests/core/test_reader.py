@@ -1,0 +1,136 @@
+"""Packed corpora, collation and dealing: borders, isolation of ranks, verification."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from cprec.data.collate import collate
+from cprec.data.dataset import PackedDataset, open_manifests
+from cprec.data.sampler import Phase, Sampler, quotas_of
+from cprec.errors import DataError
+from cprec.format import PackedCorpus, Row, row_cost
+from cprec.loss import IGNORE_INDEX as X
+
+
+def test_a_batch_has_the_labels_positions_and_borders_worked_out_by_hand() -> None:
+    rows = [
+        Row(np.array([5, 6, 7, 8, 9, 1], dtype=np.uint16), np.array([4, 2], dtype=np.int32), np.array([0, 1]), 0),
+        Row(np.array([3, 4, 1, 2, 1, 1], dtype=np.uint16), np.array([3, 1, 2], dtype=np.int32), np.array([2, 3]), 2),
+    ]
+    batch = collate(rows, [7, 8])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1, 3, 4, 1, 2, 1, 1]]
+    assert batch.labels.tolist() == [
+        [6, 7, 8, X, 1, X],  # a document's last token predicts nothing
+        [4, 1, X, X, X, X],  # a document of one token, and padding, predict nothing
+    ]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 0, 0, 1]]
+    assert batch.cu_seqlens.tolist() == [0, 4, 6, 9, 10, 12] and batch.cu_seqlens.dtype.itemsize == 4
+    assert (batch.max_seqlen, batch.n_valid, batch.n_pad) == (4, 6, 2)
+    assert batch.n_valid_by_row.tolist() == [4, 2] and batch.corpus.tolist() == [7, 8]
+    assert row_cost(rows[1].doc_lens) == 9 + 1 + 4
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("reader")
+    model = tiny.write_model(root / "model")
+    tiny.write_corpus(root / "packed", "a", model=model, n_rows=37, seed=1, shard_rows=10)
+    tiny.write_corpus(root / "packed", "b", model=model, n_rows=20, seed=2)
+    return root / "packed"
+
+
+def dataset(packed: Path, *, rank: int = 0, world_size: int = 1, micro: int = 2) -> PackedDataset:
+    sampler = Sampler(("a", "b"), (37, 20), (Phase(0, quotas_of([2, 1])),), seed=3)
+    return PackedDataset(packed, sampler, global_batch_size=16, micro_batch_size=micro, rank=rank,
+                         world_size=world_size)
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 2), (2, 2), (4, 1), (8, 2), (16, 1)])
+def test_ranks_share_out_a_steps_rows_and_any_world_size_reads_the_same(
+        packed: Path, world_size: int, micro: int) -> None:
+    for step in (0, 1, 5):
+        alone = sorted((r.corpus, r.row) for m in dataset(packed).step_rows(step) for rank in m for r in rank)
+        dealt = dataset(packed, world_size=world_size, micro=micro).step_rows(step)
+        assert sorted((r.corpus, r.row) for m in dealt for rank in m for r in rank) == alone
+        assert {len(rank) for m in dealt for rank in m} == {micro} and {len(m) for m in dealt} == {world_size}
+        parts = [dataset(packed, rank=r, world_size=world_size, micro=micro).step(step) for r in range(world_size)]
+        assert sum(b.n_valid for p in parts for b in p.batches) == parts[0].n_valid
+        assert sum(b.n_pad for p in parts for b in p.batches) == parts[0].n_pad
+
+
+def test_the_ranks_of_a_micro_step_get_rows_of_nearly_equal_cost(packed: Path) -> None:
+    def spread(dealt: list[list[list[int]]]) -> float:
+        return float(np.mean([max(map(sum, m)) / np.mean([sum(r) for r in m]) for m in dealt]))
+
+    costs = [[[r.cost for r in rank] for rank in m] for m in dataset(packed, world_size=4).step_rows(2)]
+    at = dataset(packed).sampler.rows(32, 16)
+    corpora = dataset(packed).corpora
+    as_drawn = np.array([row_cost(corpora[c][int(r)].doc_lens) for c, r in zip(at.corpus, at.row, strict=True)])
+    assert spread(costs) < spread(as_drawn.reshape(2, 4, 2).tolist())
+    assert sorted(c for m in costs for rank in m for c in rank) == sorted(as_drawn.tolist())
+
+
+def test_the_prefetched_steps_are_the_steps(packed: Path) -> None:
+    reader = dataset(packed)
+    for n, step in zip(range(3, 6), reader.steps(3, 6), strict=True):
+        again = reader.step(n)
+        assert [b.input_ids.tolist() for b in step.batches] == [b.input_ids.tolist() for b in again.batches]
+    assert list(reader.steps(4, 4)) == []
+
+
+def test_a_corpus_reads_back_what_was_written_across_shards(packed: Path) -> None:
+    corpus = PackedCorpus(packed / "a")
+    assert len(corpus) == 37 and [s.rows for s in corpus.manifest.shards] == [10, 10, 10, 7]
+    assert corpus.locate(25) == ("shard-00002.arrow", 5)
+    for row in corpus:
+        assert row.doc_lens.sum() == tiny.SEQ_LEN and (row.n_pad == 0 or row.doc_lens[-1] == row.n_pad)
+        ends = np.cumsum(row.real_doc_lens) - 1
+        assert (row.input_ids[ends] == 1).all()  # every document ends with the end-of-sequence token
+    assert sum(len(r.doc_ids) for r in corpus) == corpus.manifest.n_documents
+    corpus.verify()
+
+
+def copy(packed: Path, to: Path) -> Path:
+    (to / "a").mkdir(parents=True)
+    for file in (packed / "a").iterdir():
+        (to / "a" / file.name).write_bytes(file.read_bytes())
+    return to / "a"
+
+
+def test_a_flipped_byte_is_found_and_its_shard_named(packed: Path, tmp_path: Path) -> None:
+    shard = copy(packed, tmp_path) / "shard-00002.arrow"
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=r"shard-00002.arrow has hash .*were altered"):
+        PackedCorpus(tmp_path / "a").verify()
+
+
+def test_a_truncated_and_a_missing_shard_are_named_at_opening(packed: Path, tmp_path: Path) -> None:
+    folder = copy(packed, tmp_path)
+    shard = folder / "shard-00001.arrow"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"shard-00001.arrow has \d+ bytes, its manifest says \d+"):
+        PackedCorpus(folder)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-00001.arrow is missing"):
+        PackedCorpus(folder)
+
+
+def test_an_unfinished_folder_and_one_of_another_format_are_refused(packed: Path, tmp_path: Path) -> None:
+    folder = copy(packed, tmp_path)
+    manifest = folder / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**values, "format_version": 99}))
+    with pytest.raises(DataError, match="format_version=99"):
+        PackedCorpus(folder)
+    manifest.unlink()
+    with pytest.raises(DataError, match="did not finish"):
+        PackedCorpus(folder)
+    with pytest.raises(DataError, match="no finished train corpus"):
+        open_manifests(tmp_path, "train")

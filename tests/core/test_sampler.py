@@ -1,0 +1,92 @@
+"""Which row stands where: exact quotas, permutations, resumption, all as properties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cprec.data.sampler import PERIOD, Phase, Sampler, permute, quotas_of, resolve_mix
+from cprec.errors import ConfigError
+
+weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=8)
+
+
+@given(size=st.integers(1, 3000), seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
+def test_a_permutation_holds_every_row_once(size: int, seed: int, epoch: int) -> None:
+    assert sorted(permute(np.arange(size), size, key=(seed, "mixed", epoch))) == list(range(size))
+
+
+def test_epochs_and_seeds_and_corpora_have_orders_of_their_own() -> None:
+    places = np.arange(1000)
+    orders = [permute(places, 1000, key=key) for key in [(0, "a", 0), (0, "a", 1), (1, "a", 0), (0, "b", 0)]]
+    for i, a in enumerate(orders):
+        for b in orders[i + 1:]:
+            assert (a == b).mean() < 0.02  # two random orders of 1000 agree in about one place
+        assert abs(np.corrcoef(places, a)[0, 1]) < 0.1
+
+
+def test_a_corpus_of_10_to_the_12_rows_is_permuted_without_an_index() -> None:
+    rows = permute(np.arange(10_000), 10**12, key=(3, "mixed", 0))
+    assert len(set(rows.tolist())) == 10_000 and rows.min() >= 0 and rows.max() < 10**12
+    assert 0.45e12 < rows.mean() < 0.55e12
+
+
+@given(weights)
+@settings(max_examples=8, deadline=None)
+def test_after_every_position_each_corpus_is_within_one_row_of_its_share(values: list[float]) -> None:
+    quotas = quotas_of(values)
+    assert sum(quotas) == PERIOD and min(quotas) >= 1
+    sampler = Sampler(tuple(map(str, range(len(values)))), (7,) * len(values), (Phase(0, quotas),), seed=0)
+    corpus = sampler.rows(0, PERIOD).corpus
+    positions = np.arange(1, PERIOD + 1)
+    for c, quota in enumerate(quotas):
+        drift = np.cumsum(corpus == c) - quota / PERIOD * positions
+        assert drift.min() > -1 and drift.max() < 1
+        assert abs(quota / PERIOD - values[c] / sum(values)) <= len(values) / PERIOD
+
+
+def make_sampler() -> Sampler:
+    return Sampler(("a", "b", "c"), (11, 50, 300), (
+        Phase(0, quotas_of([1, 1, 0])), Phase(40, quotas_of([1, 2, 3])), Phase(123, quotas_of([0, 0, 1]))), seed=5)
+
+
+@given(start=st.integers(0, 400), n=st.integers(1, 100))
+def test_any_window_is_a_piece_of_the_whole(start: int, n: int) -> None:
+    whole, window = make_sampler().rows(0, 500), make_sampler().rows(start, n)
+    for field in ("corpus", "row", "epoch"):
+        assert getattr(window, field).tolist() == getattr(whole, field)[start:start + n].tolist()
+
+
+def test_every_epoch_of_every_corpus_reads_each_row_once_across_changes_of_phase() -> None:
+    sampler = make_sampler()
+    at = sampler.rows(0, 2000)
+    for c, size in enumerate(sampler.sizes):
+        for epoch in range(int(at.epoch[at.corpus == c].max())):  # all but the last, which is under way
+            rows = at.row[(at.corpus == c) & (at.epoch == epoch)]
+            assert sorted(rows) == list(range(size))
+
+
+@given(end=st.integers(0, 2000))
+def test_rows_drawn_are_counted_without_drawing_them(end: int) -> None:
+    sampler = make_sampler()
+    assert sampler.drawn(end).tolist() == np.bincount(sampler.rows(0, end).corpus, minlength=3).tolist()
+
+
+def test_the_order_of_a_corpus_does_not_depend_on_the_others_in_the_mixture() -> None:
+    alone = Sampler(("b",), (50,), (Phase(0, quotas_of([1])),), seed=5).rows(0, 100)
+    mixed = make_sampler().rows(0, 2000)
+    n = int((mixed.corpus == 1).sum())
+    assert mixed.row[mixed.corpus == 1][:min(n, 100)].tolist() == alone.row[:min(n, 100)].tolist()
+
+
+def test_a_patterns_weight_is_shared_by_size() -> None:
+    mix = resolve_mix({"specific/*": 3, "mixed": 1}, {"mixed": 10, "specific/a": 200, "specific/b": 100}, field="mix")
+    assert mix == {"mixed": 1.0, "specific/a": 2.0, "specific/b": 1.0}
+    assert resolve_mix(None, {"a": 1, "b": 3}, field="mix") == {"a": 0.25, "b": 0.75}
+
+
+def test_all_problems_of_a_mixture_are_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)mix.mixt: .*did you mean 'mixed'.*mix.a=-1"):
+        resolve_mix({"mixt": 1, "a": -1}, {"mixed": 1, "a": 1}, field="mix")

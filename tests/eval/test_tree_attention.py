@@ -1,0 +1,79 @@
+"""Tree attention against a plain forward over prompt + line, and the models that it must refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cprec.errors import ConfigError
+from cprec.eval.tree_attention import TreeState, tree_attention
+from tests.eval.models import KINDS, random_model
+
+PROMPT = [3, 9, 4, 7, 12, 5]
+PATHS = [[6, 8, 2], [6, 8, 11], [6, 10, 2], [13, 8, 2]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_nodes_see_the_prompt_and_their_own_ancestors_only(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    tree, plain = (random_model(kind, vocab_size=40, dtype=dtype, attention=a) for a in ("cprec_tree", "sdpa"))
+    state = TreeState()
+    with torch.inference_mode():
+        def logits(tokens: list[int], positions: list[int]) -> torch.Tensor:
+            return tree(input_ids=torch.tensor([tokens]), position_ids=torch.tensor([positions]), use_cache=False,
+                        tree_state=state).logits[0]
+
+        levels = [logits(PROMPT, list(range(6)))[-1:]]
+        # every path is its own branch from depth 1 on; two chunks per level
+        for depth in range(3):
+            chunks = []
+            for rows in ([0, 1, 2], [3]):
+                state.enter_nodes(torch.tensor(rows))
+                chunks.append(logits([PATHS[r][depth] for r in rows], [6 + depth] * len(rows)))
+            state.finish_level()
+            levels.append(torch.cat(chunks))
+        worst = 0.0
+        for i, path in enumerate(PATHS):
+            expected = plain(input_ids=torch.tensor([PROMPT + path]), use_cache=False).logits[0]
+            found = [levels[0][0], *(level[i] for level in levels[1:])]
+            worst = max(worst, float((torch.stack(found) - expected[5:]).abs().max()))
+    print(f"largest difference of a logit: {worst:.2e}")
+    assert worst < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_path_is_a_plain_continuation_of_the_prompt(kind: str) -> None:
+    tree, plain = (random_model(kind, vocab_size=40, attention=a) for a in ("cprec_tree", "sdpa"))
+    state, path = TreeState(), PATHS[0]
+    with torch.inference_mode():
+        tree(input_ids=torch.tensor([PROMPT]), use_cache=False, tree_state=state)
+        state.enter_path()
+        found = tree(input_ids=torch.tensor([path]), position_ids=torch.tensor([[6, 7, 8]]), use_cache=False,
+                     tree_state=state).logits[0]
+        expected = plain(input_ids=torch.tensor([PROMPT + path]), use_cache=False).logits[0, 6:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    ({"softcap": 50.0}, "softcap=50.0"),
+    ({"sliding_window": 3}, "sliding_window=3 with a text of 4 tokens"),
+])
+def test_attention_that_would_differ_is_refused(options: dict[str, float], named: str) -> None:
+    module = torch.nn.Module()
+    module.layer_idx = 0  # type: ignore[assignment]
+    x = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ConfigError, match=named):
+        tree_attention(module, x, x, x, None, scaling=1.0, tree_state=TreeState(), **options)
+
+
+def test_a_window_that_holds_the_whole_text_is_no_hindrance() -> None:
+    module = torch.nn.Module()
+    module.layer_idx = 0  # type: ignore[assignment]
+    x = torch.zeros(1, 2, 4, 8)
+    out, _ = tree_attention(module, x, x, x, None, scaling=1.0, tree_state=TreeState(), sliding_window=4)
+    assert out.shape == (1, 4, 2, 8)
+
+
+def test_a_call_outside_ranking_is_refused() -> None:
+    with pytest.raises(ConfigError, match="only serves ranking"):
+        random_model(vocab_size=40)(input_ids=torch.tensor([PROMPT]), use_cache=False)

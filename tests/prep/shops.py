@@ -1,0 +1,96 @@
+"""Small shops for tests: their interaction logs on disk, and a config that prepares them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cprec.settings import parse_settings
+from data_prep.config import PrepConfig
+from data_prep.engine import Engine, write_parquet
+from data_prep.records import INTERACTIONS, ITEMS
+
+DAY_MS = 86_400_000
+START_MS = 1_500_000_000_000
+WORDS = ["red", "blue", "old", "new", "small", "large", "soft", "hard", "wild", "calm", "lamp", "chair", "rope",
+         "glove", "spade", "kite", "drum", "book", "clock", "vase", "shelf", "brush", "crate", "stool", "bench"]
+SHOPS = {"books": 30, "games": 24, "toys": 36, "garden": 20}
+N_USERS = 40
+
+
+def engine(folder: Path) -> Engine:
+    """A small engine that spills below `folder`."""
+    return Engine(memory_limit="500MB", threads=1, spill=folder / "spill")
+
+
+def title(domain: str, i: int, rng: np.random.Generator) -> str:
+    """A title that no other shop has."""
+    return f"{' '.join(rng.choice(WORDS, size=3)).title()} {domain} No. {i} (2.5 oz)"
+
+
+def write_shops(folder: Path, *, seed: int = 5) -> None:
+    """`<shop>.parquet` and `<shop>.items.parquet` for each of `SHOPS`: 40 people over 100 days, many ties of time.
+
+    Garden sells one thing that books has too, under a title that differs in case and dots only.
+    """
+    rng = np.random.default_rng(seed)
+    for shop, n_items in SHOPS.items():
+        titles = [title(shop, i, rng) for i in range(n_items)]
+        if shop == "books":
+            titles[3] = "The Garden Almanac, Vol. 1"
+        if shop == "garden":
+            titles[0] = "the garden almanac vol 1"
+        items = {"item_id": [f"{shop[0]}{i:03d}" for i in range(n_items)], "title": titles}
+        pq.write_table(pa.table(items), folder / f"{shop}.items.parquet")
+        n_events = 60 * n_items
+        events = {
+            "user_id": [f"u{u:02d}" for u in rng.integers(0, N_USERS, n_events)],
+            "item_id": [f"{shop[0]}{i:03d}" for i in rng.integers(0, n_items, n_events)],
+            "timestamp": (START_MS + DAY_MS * rng.integers(0, 100, n_events)).tolist(),
+        }
+        pq.write_table(pa.table(events), folder / f"{shop}.parquet")
+
+
+def config_values(raw: Path, out: Path) -> dict[str, Any]:
+    """A config for the shops in `raw`, as a YAML file would give it."""
+    return {
+        "out": str(out), "workers": 1, "engine": {"memory_limit": "500MB", "threads": 1},
+        "datasets": [{"parser": "tabular", "domain": shop, "path": str(raw / f"{shop}.parquet"),
+                      "items": str(raw / f"{shop}.items.parquet"), "columns": {"timestamp_unit": "ms"}}
+                     for shop in SHOPS],
+        "domains": {"pretrain": ["books", "games", "toys"], "unseen": ["garden"]},
+        "sequences": {"min_items": 2, "max_items": 12},
+        "tokenizer": {"train_vocab_size": 512},
+        "pack": {"seq_len": 256, "shard_rows": 8, "window": 64},
+        "queries": {"max_per_domain": 20},
+    }
+
+
+def config(values: dict[str, Any]) -> PrepConfig:
+    return parse_settings(PrepConfig, values, source="test")
+
+
+def write_events(path: Path, rows: list[tuple[str, str, str, int]]) -> None:
+    """Interactions of the schema from (user, domain, item, ts_ms)."""
+    table = pa.table({name: [r[i] for r in rows] for i, name in enumerate(("user_id", "domain", "item_id", "ts_ms"))})
+    table = table.append_column("rating", pa.nulls(len(rows), pa.float32())).select(INTERACTIONS.names)
+    write_parquet(table.cast(INTERACTIONS).to_batches(), path, schema=INTERACTIONS)
+
+
+def write_items(path: Path, rows: list[tuple[str, str, str | None]]) -> None:
+    """Items of the schema from (domain, item, title)."""
+    table = pa.table({name: pa.array([r[i] for r in rows], pa.string())
+                      for i, name in enumerate(("domain", "item_id", "title"))})
+    for name in ("brand", "category"):
+        table = table.append_column(name, pa.nulls(len(rows), pa.string()))
+    write_parquet(table.cast(ITEMS).to_batches(), path, schema=ITEMS)
+
+
+def bytes_below(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` by its relative name, but the config, which says where and with how many workers."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.is_file() and p.name != "config.yaml"}

@@ -1,0 +1,125 @@
+"""Cleaning: titles, dropped rows with their counts, merging, the overlap with unseen shops, the k-core."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import shops
+
+from data_prep.clean import Title, clean, clean_title, k_core
+from data_prep.config import CleanSettings
+from data_prep.records import Corpora, Counts, Layout, title_key
+
+CORPORA = Corpora(pretrain=("books",), unseen=("garden",))
+
+
+@pytest.mark.parametrize(("raw", "plain"), [
+    ("Tom &amp; Jerry&#39;s", "Tom & Jerry's"),  # entities
+    ("  a \t b\n\nc ", "a b c"),  # every run of white space is one space
+    ("a\x00b\x1fc\x85d\u00a0e\u2028f\u3000g", "a b c d e f g"),  # control characters, exotic spaces and line ends
+    ("&lt;/s&gt; <|im_start|>", "</s> <|im_start|>"),  # looks like control, is text
+    ("café 東京 🙂 e\u0301", "café 東京 🙂 e\u0301"),  # left as it is
+])
+def test_a_title_becomes_one_plain_line(raw: str, plain: str) -> None:
+    assert clean_title(raw, max_chars=300) == Title(plain, is_cut=False)
+
+
+@pytest.mark.parametrize("raw", ["", "  \n", "&nbsp;", "\x00"])
+def test_a_title_of_nothing_is_none(raw: str) -> None:
+    assert clean_title(raw, max_chars=300) is None
+
+
+@pytest.mark.parametrize(("raw", "kept"), [
+    ("abcd efgh", "abcd"),  # 9 characters: cut at the border before the 8th
+    ("abcd efg hij", "abcd efg"),  # the border is right after the 8th
+    ("abcdefghij", "abcdefgh"),  # no border: inside the word
+])
+def test_a_long_title_is_cut_at_a_word_border(raw: str, kept: str) -> None:
+    assert clean_title(raw, max_chars=8) == Title(kept, is_cut=True)
+
+
+@pytest.mark.parametrize(("a", "b", "same"), [
+    ("The Garden Almanac, Vol. 1", "the garden-almanac VOL 1", True),
+    ("STRASSE", "Straße", True),
+    ("Ｆｕｌｌ width", "full WIDTH", True),
+    ("Vol. 1", "Vol. 2", False),
+    ("!!!", "???", False),  # nothing but punctuation: compared as it is
+])
+def test_titles_are_one_up_to_case_space_and_punctuation(a: str, b: str, same: bool) -> None:
+    assert (title_key(a) == title_key(b)) is same
+
+
+def run_clean(tmp_path: Path, settings: CleanSettings) -> tuple[Layout, dict[str, int]]:
+    layout = Layout(tmp_path)
+    shops.write_items(layout.raw_items, [
+        ("books", "b1", "Dune"), ("books", "b2", "DUNE."), ("books", "b3", " "), ("books", "b4", "Garden: Almanac"),
+        ("books", "b5", "Emma"), ("books", "b5", "Emma again"), ("books", "b6", "Never bought"),
+        ("garden", "g1", "garden almanac"), ("music", "m1", "Song")])
+    shops.write_events(layout.raw_interactions, [
+        ("u1", "books", "b1", 10), ("u1", "books", "b2", 10),  # the same once b2 stands for b1
+        ("u1", "books", "b1", 10),  # the same event again
+        ("u1", "books", "b3", 11),  # no title
+        ("u1", "books", "b4", 12),  # its title is in the garden
+        ("u1", "books", "b5", 13), ("u1", "books", "b9", 14),  # b9: no such item
+        ("u1", "books", "b5", 0),  # time
+        ("u1", "garden", "g1", 15), ("u1", "music", "m1", 16)])
+    engine = shops.engine(tmp_path)
+    counts = clean(engine, layout, settings, corpora=CORPORA, seed=1)
+    engine.close()
+    return layout, counts.by_reason
+
+
+def test_each_unusable_row_is_dropped_for_its_own_counted_reason(tmp_path: Path) -> None:
+    layout, counts = run_clean(tmp_path, CleanSettings())
+    assert {k: v for k, v in counts.items() if k.startswith("events")} == {
+        "events read": 10,
+        "events dropped: its domain is not chosen": 1,
+        "events dropped: its item has no title": 1,
+        "events dropped: its time is not positive": 1,
+        "events dropped: its title is in an unseen domain's catalogue": 1,
+        "events dropped: the catalogue has no such item": 1,
+        "events dropped: the same user, item and time again": 1,
+        "events kept": 4,
+    }
+    assert counts["items of books dropped: its title is in an unseen domain's catalogue"] == 1
+    assert counts["items of books dropped: its item has no title"] == 1
+    assert counts["item rows repeated in the source"] == 1
+    assert counts["items without a usable event"] == 1
+    items = pq.read_table(layout.items).select(["item_id", "title"]).to_pylist()
+    assert items == [{"item_id": "b1", "title": "Dune"}, {"item_id": "b2", "title": "DUNE."},
+                     {"item_id": "b5", "title": "Emma"}, {"item_id": "g1", "title": "garden almanac"}]
+
+
+def test_items_of_one_title_are_merged_into_the_smallest_id_when_asked(tmp_path: Path) -> None:
+    layout, counts = run_clean(tmp_path, CleanSettings(merge_same_titles=True))
+    assert counts["items merged into one of the same title"] == 1
+    assert counts["events dropped: the same user, item and time again"] == 2
+    assert pq.read_table(layout.items)["item_id"].to_pylist() == ["b1", "b5", "g1"]
+    assert pq.read_table(layout.interactions)["item_id"].to_pylist() == ["b1", "b5", "g1"]
+
+
+def test_the_hash_is_the_md5_of_seed_user_domain_item_and_time(tmp_path: Path) -> None:
+    layout, _ = run_clean(tmp_path, CleanSettings())
+    for row in pq.read_table(layout.interactions).to_pylist():
+        text = "\x1f".join(["1", row["user_id"], row["domain"], row["item_id"], str(row["ts_ms"])])
+        assert row["h"] == hashlib.md5(text.encode()).hexdigest()
+
+
+def test_the_k_core_is_iterated_until_nothing_changes(tmp_path: Path) -> None:
+    # with 2 and 2: c goes (1 event); then u3 has 1 event and goes; then b has 1 and goes; then u2 has 1 and goes;
+    # a then has u1's two events, u1 has two
+    layout = Layout(tmp_path)
+    shops.write_items(layout.raw_items, [("books", i, f"title {i}") for i in "abc"])
+    shops.write_events(layout.raw_interactions, [
+        ("u1", "books", "a", 1), ("u1", "books", "a", 2), ("u2", "books", "a", 3), ("u2", "books", "b", 4),
+        ("u3", "books", "b", 5), ("u3", "books", "c", 6)])
+    engine = shops.engine(tmp_path)
+    clean(engine, layout, CleanSettings(), corpora=Corpora(("books",), ()), seed=1)
+    counts = Counts("split")
+    k_core(engine, layout.interactions, CleanSettings(min_user_events=2, min_item_events=2), counts)
+    assert pq.read_table(layout.interactions).select(["user_id", "item_id", "ts_ms"]).to_pylist() == [
+        {"user_id": "u1", "item_id": "a", "ts_ms": 1}, {"user_id": "u1", "item_id": "a", "ts_ms": 2}]
+    assert counts.by_reason == {"training events outside the k-core": 4}

@@ -1,0 +1,205 @@
+"""The whole preparation: what it leaves on disk, restarts, kills, worker counts, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import shops
+import yaml
+
+from cprec.errors import ConfigError, DataError
+from cprec.format import PackedCorpus, list_corpora, read_queries_manifest
+from data_prep.pipeline import prepare
+from data_prep.records import STAGES
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def values(raw: Path, tmp_path: Path) -> dict[str, Any]:
+    return shops.config_values(raw, tmp_path / "out")
+
+
+def test_every_corpus_and_query_of_the_config_is_there_and_audited(prepared: Path) -> None:
+    corpora = [*(f"specific/{d}" for d in ("books", "games", "toys")), "mixed",
+               *(f"valid/{d}" for d in ("books", "games", "toys", "garden"))]
+    assert list_corpora(prepared / "packed") == sorted(corpora)
+    for name in corpora:
+        manifest = PackedCorpus(prepared / "packed" / name).manifest
+        assert manifest.audit is not None and manifest.audit.passed, name
+        assert manifest.n_tokens + manifest.n_pad == manifest.n_rows * manifest.seq_len
+    queries = read_queries_manifest(prepared / "queries")
+    assert queries.domains == {"books": "pretrain", "games": "pretrain", "toys": "pretrain", "garden": "unseen"}
+
+
+def test_every_event_is_kept_or_counted_as_dropped(prepared: Path) -> None:
+    counts = json.loads((prepared / "report.json").read_text())
+    clean, split = counts["clean"], counts["split"]
+    dropped = sum(n for reason, n in clean.items() if reason.startswith("events dropped"))
+    assert clean["events read"] == sum(60 * n for n in shops.SHOPS.values())
+    assert clean["events kept"] == clean["events read"] - dropped
+    assert clean["events kept"] == sum(split[f"events in {part}"] for part in ("train", "valid", "test"))
+    for domain in ("books", "games", "toys"):
+        in_histories = counts["sequences"][f"specific/{domain}: events in them"]
+        documents = pq.read_table(prepared / "packed" / "specific" / domain / "documents.parquet")
+        assert sum(documents["n_items"].to_pylist()) == in_histories, domain
+
+
+def test_nothing_held_out_is_in_any_training_row(prepared: Path) -> None:
+    clock = json.loads((prepared / "split.json").read_text())
+    for name in ("specific/books", "specific/games", "specific/toys", "mixed"):
+        times = [t for ts in pq.read_table(prepared / "histories" / f"{name}.parquet")["ts"].to_pylist() for t in ts]
+        assert max(times) < clock["t_valid"]
+        assert PackedCorpus(prepared / "packed" / name).manifest.max_timestamp_ms == max(times)
+
+
+def test_a_second_run_does_nothing_and_two_workers_and_threads_give_the_same_bytes(
+        prepared: Path, raw: Path, tmp_path: Path) -> None:
+    values = shops.config_values(raw, tmp_path / "out")
+    prepare(shops.config(values | {"workers": 2, "engine": {"memory_limit": "500MB", "threads": 2}}))
+    made = shops.bytes_below(tmp_path / "out")
+    assert made == shops.bytes_below(prepared)
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "packed").rglob("*")}
+    prepare(shops.config(values))
+    assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "packed").rglob("*")}
+
+
+def run_until(line: str, config: Path) -> None:
+    """Start launch/prepare.py and kill it (SIGKILL) as soon as it says `line`."""
+    command = [sys.executable, str(REPOSITORY / "launch" / "prepare.py"), "--config", str(config)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True) as run:
+        assert run.stderr is not None
+        seen = []
+        for said in run.stderr:
+            seen.append(said)
+            if line in said:
+                os.killpg(run.pid, signal.SIGKILL)
+                return
+        raise AssertionError(f"never said {line!r}:\n{''.join(seen)}")
+
+
+def test_kills_at_three_stages_and_lost_shards_leave_the_same_bytes(
+        prepared: Path, values: dict[str, Any], tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    for line in ("stage split: done", "stage encode: done", "stage queries: done"):
+        run_until(line, config)
+    out = tmp_path / "out"
+    # a kill in the middle of packing: a shard of `mixed` not yet there, another cut short, no manifest, no stamp
+    (out / "stages" / "pack.json").unlink()
+    mixed = out / "packed" / "mixed"
+    (mixed / "manifest.json").unlink()
+    (mixed / "shard-00001.arrow").unlink()
+    cut = mixed / "shard-00000.arrow"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    kept = (mixed / "shard-00002.arrow").stat().st_mtime_ns
+    prepare(shops.config(values))
+    assert (mixed / "shard-00002.arrow").stat().st_mtime_ns == kept, "a finished shard was written again"
+    assert shops.bytes_below(out) == shops.bytes_below(prepared)
+
+
+def test_shards_of_another_plan_are_not_kept(copy_of_prepared: Path, raw: Path, prepared: Path) -> None:
+    out = copy_of_prepared
+    (out / "stages" / "pack.json").unlink()
+    (out / "packed" / "mixed" / "manifest.json").unlink()
+    (out / "packed" / "mixed" / "plan.json").write_text('{"plan": "other"}')
+    shard = out / "packed" / "mixed" / "shard-00000.arrow"
+    shard.write_bytes(shard.read_bytes().replace(b"\x05\x00", b"\x06\x00"))
+    prepare(shops.config(shops.config_values(raw, out)))
+    assert shops.bytes_below(out) == shops.bytes_below(prepared)
+
+
+def test_a_folder_prepared_otherwise_is_refused_and_left_alone(copy_of_prepared: Path, raw: Path) -> None:
+    before = shops.bytes_below(copy_of_prepared)
+    values = shops.config_values(raw, copy_of_prepared) | {"seed": 18}
+    with pytest.raises(DataError, match=r"stage clean there was prepared otherwise(.|\n)*seed: 17 there, 18 now"):
+        prepare(shops.config(values))
+    assert shops.bytes_below(copy_of_prepared) == before
+
+
+def test_a_changed_source_is_noticed(raw: Path, copy_of_prepared: Path, tmp_path: Path) -> None:
+    table = pq.read_table(raw / "toys.parquet")
+    moved = tmp_path / "toys.parquet"
+    pq.write_table(table.slice(1), moved)
+    values = shops.config_values(raw, copy_of_prepared)
+    values["datasets"][2]["path"] = str(moved)
+    with pytest.raises(DataError, match=r"stage ingest there was prepared otherwise(.|\n)*toys.parquet"):
+        prepare(shops.config(values))
+
+
+def test_a_folder_of_something_else_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="not empty and is no prepared folder"):
+        prepare(shops.config(values))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_missing_files_of_two_datasets_are_one_error_and_nothing_is_written(
+        values: dict[str, Any], tmp_path: Path) -> None:
+    values["datasets"][0]["path"] = "nowhere.parquet"
+    values["datasets"][1]["items"] = "neither.parquet"
+    with pytest.raises(DataError, match=r"2 problems(.|\n)*nowhere.parquet(.|\n)*neither.parquet"):
+        prepare(shops.config(values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_domain_is_named_with_the_nearest_known_one_and_can_be_mended(
+        values: dict[str, Any], tmp_path: Path) -> None:
+    wrong = values | {"domains": {"pretrain": ["books", "gmes", "toys"], "unseen": ["garden"]}}
+    with pytest.raises(DataError, match="domain 'gmes': no dataset has events of it; did you mean 'games'"):
+        prepare(shops.config(wrong))
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_a_domain_without_training_history_is_an_error_that_names_it(values: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"domain 'books' has no training history of 400 or more items"):
+        prepare(shops.config(values | {"sequences": {"min_items": 400, "max_items": 900}}))
+
+
+def test_three_mistakes_in_a_config_are_reported_at_once(values: dict[str, Any]) -> None:
+    values["tokenizer"] = {}
+    values["pack"]["seq_length"] = 5
+    values["datasets"][1]["parser"] = "tabulr"
+    with pytest.raises(ConfigError) as e:
+        shops.config(values)
+    for part in ("3 problems", "exactly one of path", "did you mean 'seq_len'", "did you mean 'tabular'"):
+        assert part in str(e.value)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"domains": {"pretrain": ["books"], "unseen": ["books"]}}, "books named more than once"),
+    ({"regime": "disjoint", "domains": {"pretrain": ["books"]}}, "domains.unseen is empty"),
+    ({"split": {"t_valid": 5}}, "give both"),
+    ({"split": {"quantiles": [0.9, 0.8]}}, "must rise strictly"),
+    ({"sequences": {"min_items": 5, "max_items": 8}}, "use at least 9"),
+    ({"template": "cprek"}, "did you mean 'cprec'"),
+    ({"queries": {"min_history": 60}}, "above queries.max_history=50"),
+])
+def test_a_config_that_cannot_work_is_refused(values: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        shops.config(values | change)
+
+
+def test_stages_of_the_report_are_those_of_the_design(prepared: Path) -> None:
+    assert tuple(json.loads((prepared / "report.json").read_text())) == STAGES
+    assert "| clean | events kept |" in (prepared / "report.md").read_text()
+
+
+def test_the_script_prints_an_error_without_a_traceback(values: dict[str, Any], tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values | {"regime": "none"}))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    ran = subprocess.run([sys.executable, str(REPOSITORY / "launch" / "prepare.py"), "--config", str(config)],
+                         capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == ConfigError.exit_code
+    assert "ConfigError: " in ran.stderr and "regime='none'" in ran.stderr and "Traceback" not in ran.stderr
