@@ -18,6 +18,7 @@ lint: $(VENV)/.installed
 
 # torch comes first and exactly pinned: a looser requirement may pull another build of several gigabytes.
 $(VENV)/.installed: setup.cfg constraints.txt
+	@echo "installing the pinned dependencies into $(VENV): about two minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --prefer-binary --constraint constraints.txt --editable '.[dev,gguf]'

@@ -26,7 +26,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except CPRecError as e:
-        if rank == 0:  # the other ranks found the same
+        if rank == 0 or e.on_one_rank:
             print(f"\n{type(e).__name__}: {e}", file=sys.stderr)
         code = e.exit_code
     except KeyboardInterrupt:

@@ -93,8 +93,8 @@ class DataConfig(Settings):
     mix: MixConfig = MixConfig()
     seed: int = 0
     """Decides the order of the rows."""
-    verify: Literal["open", "full"] = "open"
-    """`open`: sizes of all shards; `full`: also their hashes, before the first step."""
+    verify: Literal["open", "full"] = "full"
+    """`open`: sizes of all shards; `full`: also their hashes, before the first step, shared out over the ranks."""
     allow_unaudited: bool = False
     """Train on corpora whose leak audit is missing or failed."""
 

@@ -70,6 +70,15 @@ def max_over_ranks(values: Sequence[float]) -> list[float]:
     return _reduce(values, torch_dist.ReduceOp.MAX)
 
 
+def gather_texts(texts: Sequence[str]) -> list[str]:
+    """The texts of every rank, in the order of the ranks: how all ranks come to raise one error."""
+    if not torch_dist.is_initialized() or world_size() == 1:
+        return list(texts)
+    gathered: list[list[str]] = [[]] * world_size()
+    torch_dist.all_gather_object(gathered, list(texts))
+    return [text for of_rank in gathered for text in of_rank]
+
+
 def _reduce(values: Sequence[float], op: torch_dist.ReduceOp.RedOpType) -> list[float]:
     if not torch_dist.is_initialized() or world_size() == 1:
         return [float(v) for v in values]

@@ -13,6 +13,8 @@ class CPRecError(Exception):
     """Base of every error whose cause and remedy lie with the user; `launch/` prints it without a traceback."""
 
     exit_code = 1
+    on_one_rank = False
+    """Set on an error that the other ranks cannot see; otherwise rank 0 alone tells it."""
 
 
 class ConfigError(CPRecError):

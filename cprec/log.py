@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 T = TypeVar("T")
 PLAIN_LINE_EVERY_S = 10.0
@@ -35,10 +36,17 @@ def setup_logging(rank: int = 0) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def progress(items: Iterable[T], *, total: int, label: str, unit: str = "it") -> Iterator[T]:
-    """Yield `items` while showing rate and time left: a bar on a terminal, a line every 10 s elsewhere."""
+def progress(items: Iterable[T], *, total: int, label: str, unit: str = "it", lines: bool = True) -> Iterator[T]:
+    """Yield `items` while showing rate and time left: a bar on a terminal, a line every 10 s elsewhere.
+
+    Log lines are printed above the bar. `lines=False` is for loops that log their own: elsewhere nothing is added.
+    """
     if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=label, unit=unit, leave=False, file=sys.stderr)
+        with logging_redirect_tqdm():
+            yield from tqdm(items, total=total, desc=label, unit=unit, leave=False, file=sys.stderr)
+        return
+    if not lines:
+        yield from items
         return
     log = get_logger(__name__)
     start_s = last_s = time.monotonic()

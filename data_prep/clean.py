@@ -16,6 +16,7 @@ import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cprec.errors import DataError
 from cprec.log import get_logger
 from data_prep.config import CleanSettings
 from data_prep.engine import Engine, Table, event_hash, write_parquet
@@ -142,11 +143,24 @@ def _map_items(engine: Engine, layout: Layout, settings: CleanSettings, corpora:
                            order_by=["domain", "item_id"])
     counts.add("item rows repeated in the source", n_chosen - n_items)
     mapping = engine.read(_mapping(layout))
+    if settings.untitled_items == "error":
+        _refuse_untitled(engine, mapping)
     dropped = mapping.filter(mapping.dropped != "")
     for row in _count_by(engine, dropped, ["dropped", "domain"]):
         counts.add(f"items of {row[1]} dropped: {row[0]}", int(row[2]))
     counts.add("items merged into one of the same title",
                engine.count(mapping.filter(mapping.item_id != mapping.stands_for)))
+
+
+def _refuse_untitled(engine: Engine, mapping: Table) -> None:
+    """Raise DataError naming the first items that have no title, if there are any."""
+    untitled = mapping.filter(mapping.dropped == NO_TITLE)
+    n = engine.count(untitled)
+    if n:
+        first = engine.rows(untitled.order_by(["domain", "item_id"]).select("domain", "item_id").limit(3))
+        named = ", ".join(f"{row['item_id']} of {row['domain']}" for row in first)
+        raise DataError(f"{n} items have no title: {named}{', ...' if n > len(first) else ''}; give them one in the "
+                        f"source, or set clean.untitled_items=drop to leave them and their events out, counted")
 
 
 def _count_by(engine: Engine, table: Table, by: Sequence[str]) -> list[tuple[str, ...]]:

@@ -90,6 +90,8 @@ class Domains(Settings):
 class CleanSettings(Settings):
     """Rules of stage 2. The two minima are a k-core of the training window, iterated until nothing changes."""
 
+    untitled_items: Literal["error", "drop"] = "error"
+    """`drop` leaves out items without a title, with their events, and counts them."""
     merge_same_titles: bool = False
     max_title_chars: Positive = 300
     min_user_events: Positive = 1

@@ -44,7 +44,7 @@ class Recipe:
 
 
 RECIPES = {
-    "small": Recipe("launch/configs/quickstart.yaml", [], "50", 200),
+    "small": Recipe("launch/configs/quickstart.yaml", [], "40", 200),
     "smollm2": Recipe("launch/configs/quickstart-smollm2.yaml", [
         "tokenizer={path: work/smollm2/base}", "pack.seq_len=512", "queries.max_per_domain=4"], "6", 24),
 }

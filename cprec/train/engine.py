@@ -102,7 +102,9 @@ class Engine:
         try:
             loaded, _ = self._engine.load_checkpoint(str(folder), tag=name, load_lr_scheduler_states=False)
         except Exception as e:
-            raise CheckpointError(f"{folder / name}: DeepSpeed cannot load it: {type(e).__name__}: {e}") from e
+            error = CheckpointError(f"{folder / name}: DeepSpeed cannot load it: {type(e).__name__}: {e}")
+            error.on_one_rank = True
+            raise error from e
         if loaded is None:
             raise CheckpointError(f"{folder / name}: DeepSpeed found nothing to load there")
 

@@ -26,9 +26,10 @@ from cprec.config import RunConfig
 from cprec.data.collate import collate
 from cprec.data.dataset import PackedDataset, Step
 from cprec.data.sampler import permute
-from cprec.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DivergedError
+from cprec.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DataError, DivergedError, raise_all
 from cprec.format import Manifest, PackedCorpus, write_atomically
 from cprec.log import get_logger
+from cprec.log import progress as with_bar
 from cprec.process import only_writer
 from cprec.settings import dump_settings, parse_settings
 from cprec.train.checkpoint import (
@@ -46,7 +47,7 @@ from cprec.train.plan import Plan, build_plan
 
 log = get_logger(__name__)
 CONFIG = "config.yaml"
-FREE_TO_CHANGE = ("checkpoint", "validation", "log_every", "max_bad_steps")
+FREE_TO_CHANGE = ("checkpoint", "validation", "log_every", "max_bad_steps", "data.verify")
 """Fields that may differ when a run goes on: they change what is written, not what is trained."""
 
 
@@ -111,7 +112,10 @@ def _run(plan: Plan, engine: Engine, dataset: PackedDataset, metrics: MetricsLog
     if plan.valid and progress.step == 0:
         metrics.write(validate(plan, engine, 0))
     watch = _StepWatch(plan, engine)
-    for step in dataset.steps(progress.step, total):
+    steps: Iterator[Step] = dataset.steps(progress.step, total)
+    if dist.rank() == 0:
+        steps = with_bar(steps, total=total - progress.step, label="train", unit="step", lines=False)
+    for step in steps:
         watch.data_is_there()
         lr = plan.schedule.lr(progress.step)
         result = engine.step(step, lr)
@@ -299,9 +303,19 @@ def _open_data(plan: Plan) -> PackedDataset:
         plan.config.data.packed, plan.sampler, global_batch_size=batch.global_batch_size,
         micro_batch_size=batch.micro_batch_size, rank=dist.rank(), world_size=plan.world_size)
     if plan.config.data.verify == "full":
-        for corpus in dataset.corpora[dist.rank()::plan.world_size]:
-            corpus.verify()
+        raise_all(dist.gather_texts(_altered_shards(plan)), of="data.packed", error=DataError)
     return dataset
+
+
+def _altered_shards(plan: Plan) -> list[str]:
+    """What is wrong with the bytes of this rank's share of the corpora."""
+    problems = []
+    for name in [*plan.train, *plan.valid][dist.rank()::plan.world_size]:
+        try:
+            PackedCorpus(Path(plan.config.data.packed) / name).verify()
+        except DataError as e:
+            problems.append(str(e))
+    return problems
 
 
 def _announce(plan: Plan, engine: Engine) -> None:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import shops
 
+from cprec.errors import DataError
 from data_prep.clean import Title, clean, clean_title, k_core
 from data_prep.config import CleanSettings
 from data_prep.records import Corpora, Counts, Layout, title_key
@@ -73,7 +74,7 @@ def run_clean(tmp_path: Path, settings: CleanSettings) -> tuple[Layout, dict[str
 
 
 def test_each_unusable_row_is_dropped_for_its_own_counted_reason(tmp_path: Path) -> None:
-    layout, counts = run_clean(tmp_path, CleanSettings())
+    layout, counts = run_clean(tmp_path, CleanSettings(untitled_items="drop"))
     assert {k: v for k, v in counts.items() if k.startswith("events")} == {
         "events read": 10,
         "events dropped: its domain is not chosen": 1,
@@ -93,8 +94,14 @@ def test_each_unusable_row_is_dropped_for_its_own_counted_reason(tmp_path: Path)
                      {"item_id": "b5", "title": "Emma"}, {"item_id": "g1", "title": "garden almanac"}]
 
 
+def test_an_item_without_a_title_is_an_error_that_names_it_unless_it_may_be_dropped(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1 items have no title: b3 of books; .*set clean.untitled_items=drop"):
+        run_clean(tmp_path, CleanSettings())
+    assert not Layout(tmp_path).interactions.exists()
+
+
 def test_items_of_one_title_are_merged_into_the_smallest_id_when_asked(tmp_path: Path) -> None:
-    layout, counts = run_clean(tmp_path, CleanSettings(merge_same_titles=True))
+    layout, counts = run_clean(tmp_path, CleanSettings(untitled_items="drop", merge_same_titles=True))
     assert counts["items merged into one of the same title"] == 1
     assert counts["events dropped: the same user, item and time again"] == 2
     assert pq.read_table(layout.items)["item_id"].to_pylist() == ["b1", "b5", "g1"]
@@ -102,7 +109,7 @@ def test_items_of_one_title_are_merged_into_the_smallest_id_when_asked(tmp_path:
 
 
 def test_the_hash_is_the_md5_of_seed_user_domain_item_and_time(tmp_path: Path) -> None:
-    layout, _ = run_clean(tmp_path, CleanSettings())
+    layout, _ = run_clean(tmp_path, CleanSettings(untitled_items="drop"))
     for row in pq.read_table(layout.interactions).to_pylist():
         text = "\x1f".join(["1", row["user_id"], row["domain"], row["item_id"], str(row["ts_ms"])])
         assert row["h"] == hashlib.md5(text.encode()).hexdigest()

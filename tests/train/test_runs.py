@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,11 @@ def test_a_run_killed_in_the_middle_and_started_again_logs_the_very_losses_of_an
     kill_ranks_of(run)
     started.wait()
     assert not (run / "checkpoints/step_00000012/state.json").exists(), "the kill came too late to prove anything"
+    last = max(run.glob("checkpoints/step_*/state.json")).parent
+    rest = last.with_name(f"step_{int(last.name[5:]) + 4:08d}")  # what a kill inside the next save leaves
+    shutil.rmtree(rest, ignore_errors=True)
+    shutil.copytree(last, rest, ignore=lambda *_: {"state.json"})
+    next(rest.glob("*optim_states.pt")).write_bytes(b"cut short")
     launch("pretrain.py", "--config", str(config))
     assert losses(run) == losses(trunk)
 
@@ -201,6 +207,19 @@ def test_a_checkpoint_with_a_flipped_byte_is_named_and_not_loaded(world: dict[st
     values["schedule"]["total"]["steps"] = 4
     said = launch("pretrain.py", "--config", str(write_config(values, tmp_path / "run.yaml")), ranks=1, expect=4)
     assert victim.name in said and "altered" in said and "Traceback" not in said
+
+
+def test_a_packed_shard_with_a_flipped_byte_stops_the_run_before_its_first_step(
+        world: dict[str, Any], tmp_path: Path) -> None:
+    packed = shutil.copytree(world["data"]["packed"], tmp_path / "packed")
+    shard = packed / "specific/toys/shard-00001.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    values = {**world, "run_dir": str(tmp_path / "run"), "data": {**world["data"], "packed": str(packed)}}
+    said = launch("pretrain.py", "--config", str(write_config(values, tmp_path / "run.yaml")), ranks=2, expect=3)
+    assert said.count("shard-00001.arrow has hash") == 1 and "Traceback" not in said
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_a_run_folder_of_another_config_is_refused_and_left_as_it_was(
