@@ -55,6 +55,21 @@ class Tokenizer:
                                 f"use a tokenizer that can encode it as text, or drop the item")
         return encoded
 
+    def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
+        """Ids of each line as it stands inside a text: after a line break.
+
+        A tokenizer may treat the start of a text in its own way (SentencePiece puts a space there), so a line is
+        encoded behind a line break, whose ids are then taken off. Raises DataError when the two merge.
+        """
+        newline = self.encode(["\n"])[0]
+        encoded = self.encode([f"\n{line}" for line in lines])
+        for line, ids in zip(lines, encoded, strict=True):
+            if ids[:len(newline)] != newline or len(ids) == len(newline):
+                raise DataError(f"tokenizer {self.name} merges a line break with the line {line[:200]!r} after it, so "
+                                f"lines have no ids of their own: prepare with tokenizer.exact=slow; titles cannot be "
+                                f"ranked with it")
+        return [ids[len(newline):] for ids in encoded]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Readable text of `ids`, control tokens shown."""
         return self._backend.decode([int(i) for i in ids])

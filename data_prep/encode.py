@@ -35,20 +35,8 @@ class Lines:
 
 
 def encode_lines(task: Lines) -> Ragged:
-    """Ids of each line as it stands inside a text: after a newline. Raises DataError when the newline merges with it.
-
-    A tokenizer may treat the start of a text in its own way (SentencePiece puts a space there), so a line is encoded
-    behind a newline, whose ids are then taken off.
-    """
-    tokenizer = cached_tokenizer(task.tokenizer)
-    newline = tokenizer.encode(["\n"])[0]
-    encoded = tokenizer.encode(["\n" + line for line in task.lines])
-    for line, ids in zip(task.lines, encoded, strict=True):
-        if not newline or ids[:len(newline)] != newline:
-            raise DataError(
-                f"tokenizer {task.tokenizer} merges the border before the line {line!r}: it starts with ids "
-                f"{ids[:len(newline) + 2]}, a newline alone is {newline}; set tokenizer.exact: slow")
-    return ragged([ids[len(newline):] for ids in encoded])
+    """Ids of each line as it stands inside a text. Raises DataError when the tokenizer merges across lines."""
+    return ragged(cached_tokenizer(task.tokenizer).encode_lines(task.lines))
 
 
 def tokenizer_info(name: str, shown_name: str) -> TokenizerInfo:

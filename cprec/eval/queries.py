@@ -155,20 +155,6 @@ def _ragged(column: pa.ChunkedArray) -> Ragged:
     return Ragged(values, np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def encode_catalogue(lines: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each line as they stand after a line break, which is where every line of a prompt stands.
-
-    Raises DataError when the tokenizer merges across the line break: its ids in context would be others.
-    """
-    newline = tokenizer.encode(["\n"])[0]
-    encoded = tokenizer.encode([f"\n{line}" for line in lines])
-    for line, ids in zip(lines, encoded, strict=True):
-        if ids[:len(newline)] != newline or len(ids) == len(newline):
-            raise DataError(f"tokenizer {tokenizer.name} merges a line break with the line {line[:100]!r} after it; "
-                            f"lines cannot be ranked by their own tokens with it")
-    return [ids[len(newline):] for ids in encoded]
-
-
 @dataclass(frozen=True)
 class Prompt:
     """Token ids of one query's prompt, and how many of the oldest items it left out to fit."""

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec.errors import ConfigError, DataError
-from cprec.eval.queries import Prompts, encode_catalogue, load_queries
+from cprec.eval.queries import Prompts, load_queries
 from cprec.format import MANIFEST, QueriesManifest, file_hash
 from cprec.tokenizer import Tokenizer, load_tokenizer
 from tests.eval.folders import TEMPLATE, Query, Shop, write_queries, write_tokenizer
@@ -88,7 +88,7 @@ def test_a_file_that_does_not_fit_its_schema_is_refused(
 
 
 def test_prompt_is_the_lead_in_and_the_lines_as_one_text(tokenizer: Tokenizer) -> None:
-    lines = encode_catalogue([f"{t}\n" for t in TITLES], tokenizer)
+    lines = tokenizer.encode_lines([f"{t}\n" for t in TITLES])
     prompt = Prompts(TEMPLATE, tokenizer, lines, max_tokens=100).prompt(np.array([2, 0]))
     assert tokenizer.decode(prompt.ids) == "Chosen:\nOat milk\nMilk\n"
     assert prompt.ids == tokenizer.encode(["Chosen:\nOat milk\nMilk\n"])[0]
@@ -103,7 +103,7 @@ def test_prompt_is_the_lead_in_and_the_lines_as_one_text(tokenizer: Tokenizer) -
 ])
 def test_a_long_prompt_drops_its_oldest_items_whole(
         tokenizer: Tokenizer, max_tokens: int, text: str, n_dropped: int) -> None:
-    lines = encode_catalogue([f"{t}\n" for t in TITLES], tokenizer)
+    lines = tokenizer.encode_lines([f"{t}\n" for t in TITLES])
     prompt = Prompts(TEMPLATE, tokenizer, lines, max_tokens=max_tokens).prompt(np.array([2, 0]))
     assert (tokenizer.decode(prompt.ids), prompt.n_dropped) == (text, n_dropped)
 
@@ -123,7 +123,7 @@ def test_sentencepiece_lines_are_encoded_as_they_stand_in_a_text(tmp_path: Path)
         byte_fallback=True, normalization_rule_name="identity", num_threads=1, minloglevel=2)
     tokenizer = load_tokenizer(str(tmp_path / "sp.model"))
     assert tokenizer.bos_id is not None
-    lines = encode_catalogue([f"{t}\n" for t in TITLES], tokenizer)
+    lines = tokenizer.encode_lines([f"{t}\n" for t in TITLES])
     prompt = Prompts(TEMPLATE, tokenizer, lines, max_tokens=100).prompt(np.array([1, 2]))
     # the dummy space that SentencePiece puts before a text comes once, at the lead-in
     assert prompt.ids == [tokenizer.bos_id, *tokenizer.encode(["Chosen:\nBread\nOat milk\n"])[0]]

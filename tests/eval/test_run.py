@@ -17,7 +17,7 @@ import torch
 
 from cprec.errors import ConfigError, DataError
 from cprec.eval.metrics import METRICS
-from cprec.eval.queries import encode_catalogue, load_queries
+from cprec.eval.queries import load_queries
 from cprec.eval.report import make_report, to_text, write_report
 from cprec.eval.run import EvalOptions, evaluate
 from cprec.format import MANIFEST
@@ -61,7 +61,7 @@ def test_results_are_those_of_scoring_every_line_by_a_plain_forward(options: Eva
     tokenizer, q = load_tokenizer(str(options.model)), load_queries(queries, "food")
     for i, query in enumerate(FOOD.queries):
         prompt = tokenizer.encode(["Chosen:\n" + "".join(LINES[h] for h in query.history)])[0]
-        scores = np.array(plain_scores(plain, prompt, encode_catalogue(LINES, tokenizer)))
+        scores = np.array(plain_scores(plain, prompt, tokenizer.encode_lines(LINES)))
         allowed = q.candidates(i)
         others = np.delete(np.arange(12), query.target)
         others = others[allowed[others]]
