@@ -99,6 +99,9 @@ def _train(plan: Plan, run_dir: Path) -> bool:
     try:
         with _asked_to_stop() as asked:
             return _run(plan, engine, dataset, metrics, progress, asked)
+    except DataError as e:
+        e.on_one_rank = True  # a rank reads rows that no other one reads
+        raise
     finally:
         metrics.close()
         engine.close()

@@ -25,8 +25,10 @@ from cprec.data.sampler import permute
 from cprec.errors import EXIT_REQUEUE
 from cprec.format import PackedCorpus, file_hash
 from cprec.loss import IGNORE_INDEX
+from cprec.model import load_for_training
 from cprec.schedule import Schedule
 from cprec.train.metrics import read_metrics
+from cprec.train.plan import build_plan
 
 LAUNCH = tiny.REPO / "launch"
 
@@ -133,8 +135,39 @@ def test_two_ranks_with_unequal_padding_train_like_one_rank_with_everything(
     differences = [abs(a - b) for (_, a, _), (_, b, _) in zip(one, two, strict=True)]
     print("largest difference of a loss between 1 and 2 ranks:", max(differences))
     assert max(differences) < 2e-5  # float32 sums in another order, over 12 updates
+    norms = [[r["grad_norm"] for r in read_metrics(d) if r["kind"] == "train"] for d in (trunk, run)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)  # AdamW and clipping would hide a gradient of another scale
     pads = {r["pad_share"] for r in read_metrics(trunk) if r["kind"] == "train"}
     assert len(pads) > 3, "the steps must differ in padding for this to prove anything"
+
+
+def test_the_first_steps_loss_and_gradient_norm_are_those_of_plain_torch(world: dict[str, Any], trunk: Path) -> None:
+    plan = build_plan(tiny.run_config(world), 1)
+    at = plan.sampler.rows(0, 8)
+    corpora = [PackedCorpus(Path(world["data"]["packed"]) / name) for name in plan.sampler.names]
+    batch = collate([corpora[c][int(r)] for c, r in zip(at.corpus, at.row, strict=True)], at.corpus.tolist())
+    model = load_for_training(world["model"]["path"], backend="sdpa", dtype=torch.float32, seq_len=tiny.SEQ_LEN,
+                              vocab_size=258, activation_checkpointing=False, trust_remote_code=False)
+    loss = model(batch).sum() / batch.n_valid
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    first = next(r for r in read_metrics(trunk) if r["kind"] == "train")
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("overrides", [
+    ["model.activation_checkpointing=true"], ["model.dtype=bfloat16", "model.attention=sdpa"],
+])
+def test_a_run_with_other_memory_or_precision_starts_and_learns_like_the_plain_one(
+        world: dict[str, Any], trunk: Path, tmp_path: Path, overrides: list[str]) -> None:
+    config = write_config({**world, "run_dir": str(tmp_path / "run")}, tmp_path / "run.yaml")
+    launch("pretrain.py", "--config", str(config), "schedule.total.steps=4", "schedule.warmup.steps=2", *overrides)
+    plain = {r["step"]: r["loss"] for r in read_metrics(trunk) if r["kind"] == "train"}
+    log = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "train"]
+    exact = "bfloat16" not in overrides[0]
+    for r in log:
+        assert r["loss"] == pytest.approx(plain[r["step"]], rel=1e-5 if exact else 2e-2)
 
 
 @pytest.fixture(scope="module")
