@@ -14,7 +14,10 @@ from typing import NoReturn
 
 from cprec.errors import CPRecError
 from cprec.log import setup_logging
-from cprec.process import die_with_parent
+from cprec.process import die_with_parent, end_with
+
+END_WITH = "CPREC_END_WITH"
+"""Environment variable: a process id; whatever was started with it, however indirectly, ends when that process does."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -23,6 +26,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     setup_logging(rank)
     if "LOCAL_RANK" in os.environ:  # a launcher that is killed would leave its ranks behind: they save and stop
         die_with_parent(signal.SIGTERM)
+    if END_WITH in os.environ:
+        end_with(int(os.environ[END_WITH]))
     try:
         code = main() or 0
     except CPRecError as e:

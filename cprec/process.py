@@ -1,7 +1,7 @@
 """Processes that belong together: a child that does not outlive its parent, a folder that has one writer.
 
 A SIGKILL reaches one process. Without this its children would write on, into folders that the restarted job also
-writes. Linux only (prctl, flock); elsewhere children may outlive their parent, and the lock still holds.
+writes. Linux only (prctl, pidfd, flock).
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
-import sys
+import select
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +26,22 @@ PR_SET_PDEATHSIG = 1
 
 def die_with_parent(signal_number: int) -> None:
     """Have the kernel send this process `signal_number` when the thread that started it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal_number)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal_number)
+
+
+def end_with(pid: int) -> None:
+    """Have this process killed as soon as process `pid` is gone, also when launchers stand between the two."""
+
+    def watch(handle: int) -> None:
+        select.select([handle], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        threading.Thread(target=watch, args=(handle,), daemon=True).start()
 
 
 @contextmanager

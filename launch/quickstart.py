@@ -46,7 +46,7 @@ class Recipe:
 RECIPES = {
     "small": Recipe("launch/configs/quickstart.yaml", [], "40", 200),
     "smollm2": Recipe("launch/configs/quickstart-smollm2.yaml", [
-        "tokenizer={path: work/smollm2/base}", "pack.seq_len=512", "queries.max_per_domain=4"], "6", 24),
+        "tokenizer={path: work/smollm2/base}", "pack.seq_len=512", "queries.max_per_domain=2"], "4", 12),
 }
 
 
@@ -56,6 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(REPO)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    os.environ[cli.END_WITH] = str(os.getpid())
     if "MAKELEVEL" in os.environ:
         die_with_parent(signal.SIGKILL)
     work = Path("work") / ("quickstart" if args.model == "small" else args.model)

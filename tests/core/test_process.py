@@ -44,6 +44,20 @@ def test_a_second_writer_is_refused_by_name_and_a_killed_one_leaves_the_folder_f
         assert not folder.exists()  # the lock stands beside it
 
 
+def test_a_grandchild_ends_with_the_process_that_it_was_bound_to() -> None:
+    bound = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    script = "import sys, time; from cprec.process import end_with; end_with(int(sys.argv[1])); print('up', flush=True)"
+    child = subprocess.Popen([sys.executable, "-c", script + "; time.sleep(600)", str(bound.pid)],
+                             stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"up\n"
+    bound.kill()
+    bound.wait()
+    assert child.wait(timeout=60) == -signal.SIGKILL
+    late = subprocess.run([sys.executable, "-c", script, str(bound.pid)], check=False)
+    assert late.returncode == -signal.SIGKILL  # it was gone already
+
+
 def test_a_child_does_not_outlive_its_killed_parent() -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
     assert parent.stdout is not None
