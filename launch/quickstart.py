@@ -103,8 +103,8 @@ def step(label: str, command: list[str]) -> None:
     process = subprocess.Popen([sys.executable if command[0] == "python" else command[0], *command[1:]],
                                preexec_fn=lambda: die_with_parent(signal.SIGKILL))
     if process.wait():
-        raise StepError(f"{label} ended with exit code {process.returncode}: its message is above; the same command "
-                        f"goes on from here")
+        raise StepError(f"{label} ended with exit code {process.returncode}: its message is above; once that is "
+                        f"mended, the same command goes on from here")
 
 
 def show(work: Path) -> None:
