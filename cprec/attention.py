@@ -46,19 +46,26 @@ class Backend:
 
     implementation: str
     missing: Callable[[torch.device], str | None]
+    only_16_bit: bool = False
+
+    def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot compute in `dtype` on `device`, or None."""
+        if self.only_16_bit and dtype.itemsize != 2:
+            return f"it computes in 16 bits, model.dtype is {str(dtype).removeprefix('torch.')}"
+        return self.missing(device)
 
 
-def select(name: str, device: torch.device) -> str:
-    """Name of the backend to use on `device`: `name`, or for `auto` the fastest that runs there.
+def select(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the backend to use for `dtype` on `device`: `name`, or for `auto` the fastest that runs there.
 
     Raises ConfigError when the named backend is unknown or cannot run, saying what it lacks.
     """
     if name == "auto":
         order = ["flash3", "flash2", "varlen", "doc_sdpa"]
-        return next(n for n in order if BACKENDS[n].missing(device) is None)
+        return next(n for n in order if BACKENDS[n].obstacle(device, dtype) is None)
     if name not in BACKENDS:
         raise ConfigError(f"model.attention={name!r} is no backend; {did_you_mean(name, [*BACKENDS, 'auto'])}")
-    if reason := BACKENDS[name].missing(device):
+    if reason := BACKENDS[name].obstacle(device, dtype):
         raise ConfigError(f"model.attention={name!r} cannot run here: {reason}; or use model.attention=auto")
     return name
 
@@ -139,8 +146,8 @@ register("cprec_varlen", _varlen)
 BACKENDS: dict[str, Backend] = {
     "doc_sdpa": Backend("cprec_doc_sdpa", _anywhere),
     "sdpa": Backend("cprec_sdpa", _anywhere),
-    "varlen": Backend("cprec_varlen", _varlen_missing),
-    "flash2": Backend("flash_attention_2", _flash("flash_attn", "flash-attn")),
-    "flash3": Backend("flash_attention_3", _flash("flash_attn_interface", "flash-attn-3")),
-    "flash4": Backend("flash_attention_4", _flash("flash_attn.cute", "flash-attn-4")),
+    "varlen": Backend("cprec_varlen", _varlen_missing, only_16_bit=True),
+    "flash2": Backend("flash_attention_2", _flash("flash_attn", "flash-attn"), only_16_bit=True),
+    "flash3": Backend("flash_attention_3", _flash("flash_attn_interface", "flash-attn-3"), only_16_bit=True),
+    "flash4": Backend("flash_attention_4", _flash("flash_attn.cute", "flash-attn-4"), only_16_bit=True),
 }

@@ -7,14 +7,13 @@ again to go on.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from cprec.errors import CPRecError
 from cprec.log import setup_logging
-from cprec.process import die_with_parent, end_with
+from cprec.process import end_with, stop_with_launcher
 
 END_WITH = "CPREC_END_WITH"
 """Environment variable: a process id; whatever was started with it, however indirectly, ends when that process does."""
@@ -25,7 +24,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank)
     if "LOCAL_RANK" in os.environ:  # a launcher that is killed would leave its ranks behind: they save and stop
-        die_with_parent(signal.SIGTERM)
+        stop_with_launcher()
     if END_WITH in os.environ:
         end_with(int(os.environ[END_WITH]))
     try:

@@ -39,7 +39,7 @@ def init() -> None:
     if torch_dist.is_initialized():
         return
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     if device().type == "cuda":
         torch.cuda.set_device(device())
         torch_dist.init_process_group("nccl", device_id=device())
@@ -62,12 +62,11 @@ def barrier() -> None:
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Element-wise sum over all ranks, in float64."""
-    return _reduce(values, torch_dist.ReduceOp.SUM)
-
-
-def max_over_ranks(values: Sequence[float]) -> list[float]:
-    """Element-wise maximum over all ranks, in float64."""
-    return _reduce(values, torch_dist.ReduceOp.MAX)
+    if not torch_dist.is_initialized() or world_size() == 1:
+        return [float(v) for v in values]
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    torch_dist.all_reduce(tensor)
+    return [float(v) for v in tensor.tolist()]
 
 
 def gather_texts(texts: Sequence[str]) -> list[str]:
@@ -77,14 +76,6 @@ def gather_texts(texts: Sequence[str]) -> list[str]:
     gathered: list[list[str]] = [[]] * world_size()
     torch_dist.all_gather_object(gathered, list(texts))
     return [text for of_rank in gathered for text in of_rank]
-
-
-def _reduce(values: Sequence[float], op: torch_dist.ReduceOp.RedOpType) -> list[float]:
-    if not torch_dist.is_initialized() or world_size() == 1:
-        return [float(v) for v in values]
-    tensor = torch.tensor(values, dtype=torch.float64, device=device())
-    torch_dist.all_reduce(tensor, op=op)
-    return [float(v) for v in tensor.tolist()]
 
 
 def _take_cores(ranks_here: int) -> None:
@@ -97,7 +88,8 @@ def _take_cores(ranks_here: int) -> None:
         os.sched_setaffinity(0, cores[first:first + share])
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """A port of this machine that nobody listens on, for ranks to meet at."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return str(s.getsockname()[1])

@@ -151,9 +151,21 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as f:
         f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
+    replace_durably(partial, path)
+
+
+def replace_durably(partial: Path, path: Path) -> None:
+    """Give a finished file its name so that, also after a power loss, the name never stands for less than the file."""
+    sync(partial)
     partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the file or folder written to the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
@@ -204,7 +216,7 @@ def write_shard(path: Path, rows: PackedRows) -> ShardInfo:
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     info = ShardInfo(file=path.name, rows=n, bytes=partial.stat().st_size, xxh3_128=file_hash(partial))
-    partial.replace(path)
+    replace_durably(partial, path)
     return info
 
 
@@ -282,9 +294,9 @@ class PackedCorpus:
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
 
-    def verify(self) -> None:
-        """Read every shard and compare its hash with the manifest's. Raises DataError naming the altered shard."""
-        for info in self.manifest.shards:
+    def verify(self, shard: ShardInfo | None = None) -> None:
+        """Compare the hash of every shard, or of one, with the manifest's. Raises DataError naming an altered one."""
+        for info in [shard] if shard else self.manifest.shards:
             found = file_hash(self.folder / info.file)
             if found != info.xxh3_128:
                 raise DataError(f"shard {self.folder / info.file} has hash {found}, its manifest says {info.xxh3_128}: "

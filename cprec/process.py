@@ -29,17 +29,36 @@ def die_with_parent(signal_number: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal_number)
 
 
-def end_with(pid: int) -> None:
-    """Have this process killed as soon as process `pid` is gone, also when launchers stand between the two."""
+def stop_with_launcher() -> None:
+    """Have a rank get SIGTERM when its launcher is gone: its parent, and above deepspeed's per-node launcher also the
+    runner, which is the process that a user sees and stops."""
+    die_with_parent(signal.SIGTERM)
+    parent = os.getppid()
+    if b"deepspeed.launcher" in _command(parent):
+        status = Path(f"/proc/{parent}/status").read_text()
+        runner = int(status.partition("PPid:")[2].split()[0])
+        if b"deepspeed" in _command(runner):
+            end_with(runner, signal.SIGTERM)
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def end_with(pid: int, signal_number: int = signal.SIGKILL) -> None:
+    """Have this process get `signal_number` once process `pid` is gone, also when others stand between the two."""
 
     def watch(handle: int) -> None:
         select.select([handle], [], [])
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal_number)
 
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal_number)
     else:
         threading.Thread(target=watch, args=(handle,), daemon=True).start()
 

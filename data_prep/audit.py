@@ -1,7 +1,9 @@
 """Stage 7, audit: proof over the finished artifacts that nothing held out is in a training corpus.
 
 reads: everything below `out` that training or ranking will read, back from disk. writes: `audit.json`, and the
-finding into every corpus' manifest. Relational checks run out of core; a seeded sample of rows is decoded.
+finding into every corpus' manifest. Relational checks run out of core. Every row of every shard is compared with what
+its documents are made of; a seeded sample of rows is decoded. Keeps one shard in memory, and of one corpus 4 bytes per
+event and, while they are read, about 70 per document.
 """
 
 from __future__ import annotations
@@ -9,18 +11,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import ibis
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.errors import DataError
 from cprec.format import Audit, Manifest, PackedCorpus, Row, list_corpora, write_atomically, write_manifest
 from cprec.tokenizer import Tokenizer
+from data_prep.config import PrepConfig
 from data_prep.engine import Engine, Table, event_hash
-from data_prep.records import Corpora, Counts, Layout, Split, title_key
+from data_prep.pack import WHOLE_TOKENS, ShardTask, fill_rows, read_histories, segments_of
+from data_prep.ragged import Ints, map_ragged, spans
+from data_prep.records import Counts, Layout, Split, title_key
 from data_prep.workers import cached_tokenizer
 
 SAMPLED_ROWS = 32
@@ -49,23 +54,21 @@ class Auditor:
 
     engine: Engine
     layout: Layout
-    corpora: Corpora
+    config: PrepConfig
     split: Split
     tokenizer: Tokenizer
-    regime: str
-    seed: int
     lines: pa.ChunkedArray
     """The catalogue's lines by item number."""
     unseen_keys: frozenset[str]
     """Normalised titles of every item of the unseen domains."""
     leaking_items: frozenset[int]
-    """Items of the catalogue that no training corpus may hold: of an unseen domain, or with the title of one."""
+    """Items of the catalogue that no training corpus may hold: of an unseen domain, with the title of one, or, where
+    ids are shared, with the id of one."""
 
 
-def audit(engine: Engine, layout: Layout, *, corpora: Corpora, split: Split, tokenizer: str, regime: str,
-          seed: int) -> Counts:
+def audit(engine: Engine, layout: Layout, config: PrepConfig, *, split: Split, tokenizer: str) -> Counts:
     """Check every corpus, write the findings, and raise DataError if any check failed."""
-    auditor = _auditor(engine, layout, corpora, split, tokenizer, regime, seed)
+    auditor = _auditor(engine, layout, config, split, tokenizer)
     audits: dict[str, Audit] = {}
     counts = Counts("audit")
     for name in list_corpora(layout.packed):
@@ -84,19 +87,23 @@ def audit(engine: Engine, layout: Layout, *, corpora: Corpora, split: Split, tok
     return counts
 
 
-def _auditor(engine: Engine, layout: Layout, corpora: Corpora, split: Split, tokenizer: str, regime: str,
-             seed: int) -> Auditor:
+def _auditor(engine: Engine, layout: Layout, config: PrepConfig, split: Split, tokenizer: str) -> Auditor:
+    unseen = config.domains.unseen
     unseen_keys: set[str] = set()
-    for batch in pq.ParquetFile(layout.titled_items).iter_batches(columns=["domain", "title"]):
-        unseen_keys.update(title_key(row["title"]) for row in batch.to_pylist()
-                           if row["domain"] in corpora.unseen and row["title"])
+    unseen_ids: set[str] = set()  # stays empty where the same id need not be the same thing
+    for batch in pq.ParquetFile(layout.titled_items).iter_batches(columns=["domain", "item_id", "title"]):
+        rows = [row for row in batch.to_pylist() if row["domain"] in unseen]
+        unseen_keys.update(title_key(row["title"]) for row in rows if row["title"])
+        if config.clean.shared_item_ids:
+            unseen_ids.update(row["item_id"] for row in rows)
     leaking: set[int] = set()
-    for batch in pq.ParquetFile(layout.catalogue).iter_batches(columns=["item", "domain", "title"]):
+    for batch in pq.ParquetFile(layout.catalogue).iter_batches(columns=["item", "domain", "item_id", "title"]):
         leaking.update(row["item"] for row in batch.to_pylist()
-                       if row["domain"] in corpora.unseen or title_key(row["title"]) in unseen_keys)
+                       if row["domain"] in unseen or row["item_id"] in unseen_ids
+                       or title_key(row["title"]) in unseen_keys)
     lines = pq.read_table(layout.catalogue, columns=["line"])["line"]
-    return Auditor(engine, layout, corpora, split, cached_tokenizer(tokenizer), regime, seed, lines,
-                   frozenset(unseen_keys), frozenset(leaking))
+    return Auditor(engine, layout, config, split, cached_tokenizer(tokenizer), lines, frozenset(unseen_keys),
+                   frozenset(leaking))
 
 
 def _audit_corpus(auditor: Auditor, corpus: PackedCorpus) -> Audit:
@@ -109,8 +116,9 @@ def _audit_corpus(auditor: Auditor, corpus: PackedCorpus) -> Audit:
     if is_train:
         _check_held_out(auditor, events, findings)
         _check_items(auditor, events, findings)
-        if auditor.regime == "disjoint":
+        if auditor.config.regime == "disjoint":
             _check_users(auditor, events, findings)
+    _check_tokens(auditor, corpus, findings)
     _check_text(auditor, corpus, findings, is_train=is_train)
     return findings.audit
 
@@ -129,7 +137,7 @@ def _events(auditor: Auditor, manifest: Manifest) -> Table:
 
 def _check_held_out(auditor: Auditor, events: Table, findings: Findings) -> None:
     """(i) No event of the validation or test part."""
-    named = events.mutate(h=event_hash(events, seed=auditor.seed))
+    named = events.mutate(h=event_hash(events, seed=auditor.config.seed))
     held_out = auditor.engine.read(auditor.layout.holdout)
     n = auditor.engine.count(named.semi_join(held_out, "h"))
     findings.add("no held-out event", n, f"{auditor.engine.count(events):,} events are in holdout.parquet")
@@ -147,16 +155,18 @@ def _check_times(auditor: Auditor, events: Table, findings: Findings, *, is_trai
 
 
 def _check_items(auditor: Auditor, events: Table, findings: Findings) -> None:
-    """(iii) No item of an unseen domain, none with the title of one."""
+    """(iii) No item of an unseen domain, none with the title of one, nor with the id of one where ids are shared."""
     items = {row["item"] for row in auditor.engine.rows(events.select("item").distinct())}
+    or_id = ", or an id of its catalogue" if auditor.config.clean.shared_item_ids else ""
     findings.add("no unseen item or title", len(items & auditor.leaking_items),
-                 f"{len(items):,} items are of an unseen domain or have a title of its {len(auditor.unseen_keys):,}")
+                 f"{len(items):,} items are of an unseen domain or have a title of its {len(auditor.unseen_keys):,}"
+                 f"{or_id}")
 
 
 def _check_users(auditor: Auditor, events: Table, findings: Findings) -> None:
     """(v) Disjoint regime: nobody with a held-out event in an unseen domain."""
     clean = auditor.engine.read(auditor.layout.interactions)
-    later = clean.filter((clean.ts_ms >= auditor.split.t_valid) & clean.domain.isin(list(auditor.corpora.unseen)))
+    later = clean.filter((clean.ts_ms >= auditor.split.t_valid) & clean.domain.isin(auditor.config.domains.unseen))
     users = events.select("user_id").distinct()
     n = auditor.engine.count(users.semi_join(later.select("user_id").distinct(), "user_id"))
     findings.add("users disjoint", n, f"{auditor.engine.count(users):,} users have held-out events in unseen domains")
@@ -188,9 +198,96 @@ def _packed(corpus: PackedCorpus) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(ids), np.concatenate(lens)
 
 
+def _check_tokens(auditor: Auditor, corpus: PackedCorpus, findings: Findings) -> None:
+    """Every row of every shard: ids, lengths and padding are those that its documents give."""
+    origin = _Origin(auditor, corpus)
+    n_wrong = sum(_wrong_rows(origin, corpus.manifest, pa.ipc.open_file(
+        pa.memory_map(str(corpus.folder / info.file))).get_batch(0)) for info in corpus.manifest.shards)
+    findings.add("rows are their documents' tokens", n_wrong,
+                 f"{len(corpus):,} rows, all compared, are not what {origin.path.name} gives for their documents")
+
+
+class _Origin:
+    """What the documents of a corpus are made of, as `documents.parquet` and the histories say."""
+
+    def __init__(self, auditor: Auditor, corpus: PackedCorpus) -> None:
+        self.is_whole = auditor.config.tokenizer.exact == "slow"
+        self.path = corpus.folder / WHOLE_TOKENS if self.is_whole else auditor.layout.segments
+        self._lens = map_ragged(self.path).lens
+        documents = pq.read_table(corpus.folder / "documents.parquet")
+        history, first, n_items = (documents[n].to_numpy() for n in ("history_id", "first_item", "n_items"))
+        read = [(items, lengths) for _, items, lengths, _ in read_histories(
+            auditor.layout.histories(corpus.manifest.corpus))]
+        self._events = np.concatenate([np.zeros(0, np.int32), *(items for items, _ in read)])
+        lengths = np.concatenate([np.zeros(0, np.int64), *(lengths for _, lengths in read), np.zeros(1, np.int64)])
+        place = np.where((history >= 0) & (history < len(lengths)), history, len(lengths) - 1)  # else an empty one
+        self._first_event, self._n_items = (np.cumsum(lengths) - lengths)[place] + first, n_items.astype(np.int64)
+        self._is_inside = (first >= 0) & (n_items > 0) & (first + n_items <= lengths[place])
+        if self.is_whole:
+            self._is_inside &= np.arange(len(first)) < len(self._lens)
+
+    def known(self, doc_ids: Ints) -> npt.NDArray[np.bool_]:
+        """Whether there is such a document, inside its history."""
+        there = (doc_ids >= 0) & (doc_ids < len(self._is_inside))
+        known: npt.NDArray[np.bool_] = there & self._is_inside[np.where(there, doc_ids, 0)]
+        return known
+
+    def rows(self, doc_ids: Ints) -> Ints:
+        """The lists of `path` that give the (known) documents, end to end."""
+        return doc_ids if self.is_whole else segments_of(
+            self._events, first_event=self._first_event[doc_ids], n_items=self._n_items[doc_ids])
+
+    def n_tokens(self, doc_ids: Ints) -> Ints:
+        """Tokens of each of the (known) documents."""
+        n_lists = np.ones_like(doc_ids) if self.is_whole else self._n_items[doc_ids] + 2
+        sums = np.concatenate([[0], np.cumsum(self._lens[self.rows(doc_ids)])])
+        ends = np.cumsum(n_lists)
+        tokens: Ints = sums[ends] - sums[ends - n_lists]
+        return tokens
+
+
+def _wrong_rows(origin: _Origin, manifest: Manifest, shard: pa.RecordBatch) -> int:
+    """How many rows of a shard are not what its writer would make of their documents."""
+    doc_ids, offsets = shard["doc_ids"].flatten().to_numpy(), shard["doc_ids"].offsets.to_numpy().astype(np.int64)
+    n_docs = np.diff(offsets)
+    row_of = np.repeat(np.arange(len(n_docs)), n_docs)
+    known = origin.known(doc_ids)
+    doc_tokens = np.zeros(len(doc_ids), np.int64)
+    if known.any():
+        doc_tokens[known] = origin.n_tokens(doc_ids[known])
+    room = np.bincount(row_of, weights=doc_tokens, minlength=len(n_docs)) <= manifest.seq_len
+    possible = room & (n_docs > 0) & (np.bincount(row_of[~known], minlength=len(n_docs)) == 0)
+    if not possible.any():
+        return len(n_docs)
+    mine = possible[row_of]
+    expected = fill_rows(ShardTask(
+        path=origin.path, segments=origin.path, seq_len=manifest.seq_len, dtype=manifest.dtype,
+        pad_id=manifest.tokenizer.pad_id, doc_ids=doc_ids[mine], doc_tokens=doc_tokens[mine],
+        docs_per_row=n_docs[possible], rows_of_segments=origin.rows(doc_ids[mine])))
+    ids = shard["input_ids"].flatten().to_numpy().reshape(len(n_docs), -1)
+    wrong = ~possible
+    wrong[possible] = ((ids[possible] != expected.input_ids).any(axis=1)
+                       | (shard["n_pad"].to_numpy()[possible] != expected.n_pad)
+                       | _lists_differ(shard["doc_lens"], possible, expected.doc_lens, expected.n_lens))
+    return int(wrong.sum())
+
+
+def _lists_differ(column: pa.ListArray, chosen: npt.NDArray[np.bool_], values: npt.NDArray[np.int32],
+                  counts: Ints) -> npt.NDArray[np.bool_]:
+    """Which of the chosen lists of `column` are not those that `values` has end to end, `counts` of them each."""
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    starts, lens = offsets[:-1][chosen], np.diff(offsets)[chosen]
+    differ: npt.NDArray[np.bool_] = lens != counts
+    same = np.flatnonzero(~differ)
+    mine = column.values.to_numpy()[spans(starts[same], counts[same])]
+    theirs = values[spans((np.cumsum(counts) - counts)[same], counts[same])]
+    differ[np.repeat(same, counts[same])[mine != theirs]] = True
+    return differ
+
+
 def _check_text(auditor: Auditor, corpus: PackedCorpus, findings: Findings, *, is_train: bool) -> None:
     """Decode a seeded sample of rows: every document's lines are those of its items; in training none is unseen."""
-    rng = np.random.default_rng(auditor.seed)
+    rng = np.random.default_rng(auditor.config.seed)
     chosen = np.sort(rng.choice(len(corpus), size=min(SAMPLED_ROWS, len(corpus)), replace=False))
     items_of = _DocumentItems(auditor.layout, corpus)
     n_lines = n_other = n_unseen = 0
@@ -240,9 +337,3 @@ def _same_line(tokenizer: Tokenizer, decoded: str, line: str) -> bool:
     if title_key(decoded) == title_key(line):
         return True
     return title_key(decoded) == title_key(tokenizer.decode(tokenizer.encode([line])[0]))
-
-
-def read_audit(path: Path) -> dict[str, Audit]:
-    """The findings of a prepared folder, corpus -> audit."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return {name: Audit.model_validate(a) for name, a in found.items()}

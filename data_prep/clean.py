@@ -30,6 +30,7 @@ MAPPING = pa.schema([("domain", pa.string()), ("item_id", pa.string()), ("stands
                      ("dropped", pa.string())])
 NO_TITLE = "its item has no title"
 IN_UNSEEN = "its title is in an unseen domain's catalogue"
+ID_IN_UNSEEN = "its id is in an unseen domain's catalogue"
 _CONTROL = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), " ")
 
 
@@ -131,10 +132,17 @@ def _map_items(engine: Engine, layout: Layout, settings: CleanSettings, corpora:
     items = _one_row_each(chosen)
     n_chosen = engine.count(chosen)
     counts.add("items of domains not chosen", engine.count(everything) - n_chosen)
-    unseen_keys = items.filter(items.domain.isin(list(corpora.unseen))).select(unseen_key="title_key").distinct()
+    unseen = chosen.filter(chosen.domain.isin(list(corpora.unseen)))  # with every title of a repeated item
+    unseen_keys = unseen.select(unseen_key="title_key").distinct()
+    unseen_ids = unseen.select(unseen_id="item_id").distinct()
     items = items.left_join(unseen_keys, items.title_key == unseen_keys.unseen_key)
-    leaks = items.unseen_key.notnull() & items.domain.isin(list(corpora.pretrain))
-    items = items.mutate(dropped=ibis.cases((items.title.isnull(), NO_TITLE), (leaks, IN_UNSEEN), else_=""))
+    items = items.left_join(unseen_ids, items.item_id == unseen_ids.unseen_id)
+    is_learned = items.domain.isin(list(corpora.pretrain))
+    items = items.mutate(dropped=ibis.cases(
+        (items.title.isnull(), NO_TITLE),
+        (is_learned & items.unseen_key.notnull(), IN_UNSEEN),
+        (is_learned & items.unseen_id.notnull() & settings.shared_item_ids, ID_IN_UNSEEN),
+        else_=""))
     stands_for = items.item_id
     if settings.merge_same_titles:
         twin_id = items.item_id.min().over(group_by=["domain", "title_key"])

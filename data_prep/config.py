@@ -93,6 +93,9 @@ class CleanSettings(Settings):
     untitled_items: Literal["error", "drop"] = "error"
     """`drop` leaves out items without a title, with their events, and counts them."""
     merge_same_titles: bool = False
+    shared_item_ids: bool = False
+    """Item ids mean the same thing in every domain: an item is then also dropped from pre-training when its id occurs
+    in an unseen domain's catalogue, whatever its title, also when untitled there."""
     max_title_chars: Positive = 300
     min_user_events: Positive = 1
     min_item_events: Positive = 1

@@ -176,8 +176,8 @@ def map_interactions(engine: Engine, table: Table, names: dict[str, str], *, uni
         rating=table[rated].try_cast("float32") if rated in table.columns else ibis.null("float32"))
 
 
-def map_items(table: Table, *, item_id: str, title: str, domain: Any, brand: str | None, category: str | None,
-              source: str) -> Table:
+def map_items(table: Table, *, item_id: str, title: str, domain: Any, brand: str | None,
+              category: str | None) -> Table:
     """The item table in the one schema; brand and category are null where the source has none."""
 
     def optional(name: str) -> Any:
@@ -195,10 +195,13 @@ US_FROM = 10**14
 
 
 def _milliseconds(engine: Engine, column: Table, *, unit: str, source: str) -> Table:
-    """The column as int64 milliseconds. `auto` decides for the whole column by its largest value."""
+    """The column as int64 milliseconds, null where it is no finite number. `auto` decides for the whole column by
+    its largest finite value."""
     if column.type().is_timestamp():
         return column.epoch_seconds().cast("int64") * 1000 + column.millisecond().cast("int64")
     number = column.try_cast("float64")
+    # the engine orders NaN above every number: it would be the largest
+    number = ibis.ifelse(number.isnan() | number.isinf(), ibis.null("float64"), number)
     if unit == "auto":
         largest = number.max().to_pyarrow().as_py() or 0
         if largest >= US_FROM:

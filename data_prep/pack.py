@@ -2,8 +2,10 @@
 
 reads: `histories/<corpus>.parquet`, `segments.arrow`. writes: `packed/<corpus>/`: `documents.parquet`, `plan.json`,
 `shard-00000.arrow`, ... and last `manifest.json`. Rows are planned from lengths alone; workers then gather tokens
-straight into a shard's buffer. Keeps 4 bytes per event and about 40 bytes per document of one corpus in memory, and
-one shard per worker. The bytes depend neither on the number of workers nor on how often the run was killed.
+straight into a shard's buffer. Keeps of one corpus 4 bytes per event (8 while they are joined) and 85 to 110 bytes
+per document in memory (40 in arrays, the rest in the planned rows' Python lists: the fewer documents a row has, the
+more), about 55 more per document of a window while that is planned, and one shard per worker; `exact: slow` also
+keeps the corpus' tokens. The bytes depend neither on the number of workers nor on how often the run was killed.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ DOCUMENTS = pa.schema([
     ("n_tokens", pa.int32()),
 ])
 HISTORIES_PER_TASK = 4096
+WHOLE_TOKENS = "tokens.arrow"
+"""Of `exact: slow`: the corpus' documents, each tokenized whole."""
 LOW_FILL, MANY_ROWS = 0.95, 32
 """Below this share of tokens in so many rows the user is told how to pack better; the last rows of few are never
 full."""
@@ -117,7 +121,7 @@ def pack_corpus(corpus: Corpus, settings: PackSettings, *, lines: pa.ChunkedArra
         documents = plan_documents(corpus.histories, map_ragged(corpus.segments), seq_len=settings.seq_len)
         source = corpus.segments
     else:
-        source = corpus.folder / "tokens.arrow"
+        source = corpus.folder / WHOLE_TOKENS
         documents = encode_whole(corpus, lines, seq_len=settings.seq_len, target=source, workers=workers)
     if len(documents) == 0:
         raise DataError(f"corpus {corpus.name}: no document fits into seq_len={settings.seq_len} tokens; raise "
@@ -143,14 +147,14 @@ def plan_documents(path: Path, segments: Ragged, *, seq_len: int) -> Documents:
     line_lens = segments.lens[FIRST_ITEM:]
     found: list[Documents] = []
     n_events = 0
-    for history_ids, items, lengths, max_ts in _read_histories(path):
+    for history_ids, items, lengths, max_ts in read_histories(path):
         found.append(_cut(history_ids, items, lengths, max_ts, line_lens, room=seq_len - overhead, overhead=overhead,
                           first_event=n_events))
         n_events += len(items)
     return _joined(found)
 
 
-def _read_histories(path: Path) -> Iterator[tuple[Ints, npt.NDArray[np.int32], Ints, int]]:
+def read_histories(path: Path) -> Iterator[tuple[Ints, npt.NDArray[np.int32], Ints, int]]:
     """Per row group: history ids, their items end to end, their lengths, the latest time."""
     for batch in pq.ParquetFile(path).iter_batches(1 << 16, columns=["history_id", "items", "ts"]):
         lengths = batch["items"].value_lengths().to_numpy().astype(np.int64)
@@ -263,7 +267,7 @@ def encode_whole(corpus: Corpus, lines: pa.ChunkedArray, *, seq_len: int, target
     flat: list[npt.NDArray[np.int32]] = []
     heads: list[tuple[Ints, Ints]] = []
     max_ts = 0
-    for history_ids, items, lengths, latest in _read_histories(corpus.histories):
+    for history_ids, items, lengths, latest in read_histories(corpus.histories):
         flat.append(items)
         heads.append((history_ids, lengths))
         max_ts = max(max_ts, latest)
@@ -362,17 +366,20 @@ def _shard_tasks(corpus: Corpus, settings: PackSettings, documents: Documents, r
             path=corpus.folder / f"shard-{number:05d}.arrow", segments=source, seq_len=settings.seq_len, dtype=dtype,
             pad_id=corpus.tokenizer.pad_id, doc_ids=doc_ids, doc_tokens=documents.n_tokens[doc_ids],
             docs_per_row=np.array([len(row) for row in mine], dtype=np.int64),
-            rows_of_segments=doc_ids if whole else _segments_of(documents, doc_ids))
+            rows_of_segments=doc_ids if whole else segments_of(
+                documents.events, first_event=documents.first_event[doc_ids], n_items=documents.n_items[doc_ids]))
 
 
-def _segments_of(documents: Documents, doc_ids: Ints) -> Ints:
-    """Rows of the segment table that make up the documents: start, its items' lines, end, for each in turn."""
-    n_items = documents.n_items[doc_ids]
+def segments_of(events: npt.NDArray[np.int32], *, first_event: Ints, n_items: Ints) -> Ints:
+    """Rows of the segment table that make up the documents: start, its items' lines, end, for each in turn.
+
+    A document's items are `n_items` of `events`, from `first_event` on; there is at least one document.
+    """
     ends = np.cumsum(n_items + 2)
     rows = np.full(int(ends[-1]), END, dtype=np.int64)
     starts = ends - n_items - 2
     rows[starts] = START
-    rows[spans(starts + 1, n_items)] = documents.events[spans(documents.first_event[doc_ids], n_items)] + FIRST_ITEM
+    rows[spans(starts + 1, n_items)] = events[spans(first_event, n_items)] + FIRST_ITEM
     return rows
 
 

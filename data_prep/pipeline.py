@@ -84,8 +84,12 @@ class Preparation:
     @cached_property
     def engine(self) -> Engine:
         settings = self.config.engine
-        spill = Path(settings.spill) if settings.spill else self.layout.out / "spill"
+        spill = Path(settings.spill) if settings.spill else self._own_spill
         return Engine(memory_limit=settings.memory_limit, threads=settings.threads, spill=spill)
+
+    @property
+    def _own_spill(self) -> Path:
+        return self.layout.out / ".spill"
 
     @cached_property
     def workers(self) -> Workers:
@@ -94,9 +98,10 @@ class Preparation:
     def close(self) -> None:
         """End the worker processes; give the engine's memory and its own spill folder back."""
         self.workers.close()
-        if "engine" in self.__dict__:
+        if "engine" in self.__dict__:  # not so in a folder that was refused: nothing there is this process' own
             self.engine.close()
-        shutil.rmtree(self.layout.out / "spill", ignore_errors=True)
+            if not self.config.engine.spill:
+                shutil.rmtree(self._own_spill, ignore_errors=True)
 
     @property
     def tokenizer(self) -> str:
@@ -220,8 +225,7 @@ class Preparation:
                              template=self.template, regime=self.config.regime, seed=self.config.seed)
 
     def _audit(self) -> Counts:
-        return audit(self.engine, self.layout, corpora=self.corpora, split=self.split, tokenizer=self.tokenizer,
-                     regime=self.config.regime, seed=self.config.seed)
+        return audit(self.engine, self.layout, self.config, split=self.split, tokenizer=self.tokenizer)
 
 
 def prepare(config: PrepConfig) -> None:

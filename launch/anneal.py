@@ -18,12 +18,17 @@ from cprec.schedule import SHAPES
 
 def main() -> int:
     args = _arguments()
+    from cprec import dist
     from cprec.config import Length
+    from cprec.settings import parse_settings
     from cprec.train.branch import branch_config, find_parent
     from cprec.train.loop import run
 
-    length = Length(steps=args.steps, tokens=args.tokens, share=args.share)
-    config = branch_config(find_parent(args.source), length=length, shape=args.shape, run_dir=args.run_dir,
+    units = {"steps": args.steps, "tokens": args.tokens, "share": args.share}
+    length = parse_settings(Length, {k: v for k, v in units.items() if v is not None}, source="anneal.py --")
+    dist.init()
+    found = dist.gather_texts([str(find_parent(args.source).folder)])[0]  # a trunk that trains on may have moved
+    config = branch_config(find_parent(found), length=length, shape=args.shape, run_dir=args.run_dir,
                            final_lr_ratio=args.final_lr_ratio, mix=_mix(args.mix))
     return run(config, dry_run=args.dry_run, planned_world_size=args.world_size)
 

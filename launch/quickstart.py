@@ -69,6 +69,8 @@ def main() -> None:
 
 def run_line(work: Path, model: str, recipe: Recipe) -> None:
     """Stages 1 to 12, each by its own script."""
+    from cprec.dist import free_port  # brings torch in, which --help can do without
+
     base, prepared, trunk, queries = work / "base", work / "prepared", work / "trunk", work / "prepared/queries"
     prepare = ["python", "launch/prepare.py", "--config", "data_prep/configs/complete_journey.yaml", f"out={prepared}",
                *recipe.prepare]
@@ -79,7 +81,7 @@ def run_line(work: Path, model: str, recipe: Recipe) -> None:
         step("prepare", prepare)
         step("base model", ["python", "launch/base_model.py", "small", "--tokenizer", str(prepared / "tokenizer"),
                             "--out", str(base)])
-    deepspeed = ["deepspeed", "--num_accelerators", RANKS]
+    deepspeed = ["deepspeed", "--num_accelerators", RANKS, "--master_port", free_port()]
     step("pre-train", [*deepspeed, "launch/pretrain.py", "--config", recipe.run_config])
     models = {"before": base, "stable": trunk / "hf"}
     stable = f"{trunk}@{recipe.stable_step}"
@@ -93,8 +95,8 @@ def run_line(work: Path, model: str, recipe: Recipe) -> None:
     step("rank popularity", ["python", "launch/rank.py", "--baseline", "popularity", "--queries", str(queries), "--out",
                              str(work / "eval/popularity")])
     for name, folder in models.items():
-        step(f"rank {name}", ["torchrun", "--nproc_per_node", RANKS, "launch/rank.py", "--model", str(folder),
-                              "--queries", str(queries), "--out", str(work / "eval" / name)])
+        step(f"rank {name}", ["torchrun", "--standalone", "--nproc_per_node", RANKS, "launch/rank.py", "--model",
+                              str(folder), "--queries", str(queries), "--out", str(work / "eval" / name)])
 
 
 def step(label: str, command: list[str]) -> None:

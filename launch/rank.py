@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import nullcontext
+from pathlib import Path
 
 from cprec import cli, dist
 from cprec.eval.baselines import BASELINES
 from cprec.eval.report import make_report, short_name, to_text, write_report
 from cprec.eval.run import DTYPES, EvalOptions, evaluate
+from cprec.process import only_writer
 
 
 def parse_arguments() -> EvalOptions:
@@ -41,7 +44,8 @@ def main() -> None:
     if "RANK" in os.environ:
         dist.init()
     try:
-        manifest = evaluate(options)
+        with only_writer(Path(options.out)) if dist.rank() == 0 else nullcontext():
+            manifest = evaluate(options)
         if dist.rank() == 0:
             report = make_report({short_name(manifest): options.out})
             write_report(report, options.out)

@@ -114,7 +114,7 @@ class PackedDataset:
 def open_manifests(packed: str | Path, kind: str) -> dict[str, Manifest]:
     """Manifests of the finished corpora of `kind` ("train" or "valid") below `packed`, by name.
 
-    Raises DataError when there is none, or when they disagree about seq_len, tokenizer or split.
+    Raises DataError when there is none.
     """
     if not Path(packed).is_dir():
         raise DataError(f"data.packed={packed}: no such folder; run launch/prepare.py first")
@@ -122,8 +122,13 @@ def open_manifests(packed: str | Path, kind: str) -> dict[str, Manifest]:
     chosen = {name: m for name, m in found.items() if m.kind == kind and m.n_rows > 0}
     if not chosen:
         raise DataError(f"data.packed={packed}: no finished {kind} corpus below it; run launch/prepare.py to its end")
-    first_name, first = next(iter(chosen.items()))
-    for name, m in chosen.items():
+    return chosen
+
+
+def check_alike(manifests: dict[str, Manifest], packed: str | Path) -> None:
+    """Raise DataError when corpora that serve one run disagree about seq_len, split, template or tokenizer."""
+    first_name, first = next(iter(manifests.items()))
+    for name, m in manifests.items():
         for field in ("seq_len", "split_hash", "template_hash"):
             if getattr(m, field) != getattr(first, field):
                 raise DataError(f"{packed}: corpora {first_name} and {name} differ in {field} ({getattr(first, field)} "
@@ -131,4 +136,3 @@ def open_manifests(packed: str | Path, kind: str) -> dict[str, Manifest]:
         if m.tokenizer.fingerprint != first.tokenizer.fingerprint:
             raise DataError(f"{packed}: corpora {first_name} and {name} were packed with different tokenizers "
                             f"({first.tokenizer.name}, {m.tokenizer.name}); prepare them together")
-    return chosen

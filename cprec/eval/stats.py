@@ -8,7 +8,6 @@ queries, and the statistic is the mean over domains of the domain's mean (one do
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -84,14 +83,6 @@ def paired_difference(a: Observations, b: Observations, *, confidence: float = 0
         signs = rng.integers(0, 2, (n, len(shares))) * 2 - 1
         n_as_far += int((np.abs(signs @ shares) >= observed - 1e-12).sum())
     return Difference(interval.mean, interval.low, interval.high, (1 + n_as_far) / (1 + n_permutations))
-
-
-def minimum_detectable_difference(share_discordant: float, n_users: int) -> float:
-    """Smallest difference in a hit rate that a paired test of `n_users` finds with 80 % power at the 5 % level.
-
-    (1.96 + 0.84)^2 = 7.85; `share_discordant`: users whom exactly one of the two models serves.
-    """
-    return math.sqrt(7.85 * share_discordant / n_users)
 
 
 def _per_user(observed: Observations) -> tuple[Floats, Floats]:

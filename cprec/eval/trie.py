@@ -52,11 +52,6 @@ class Trie:
         """Nodes with the root; those with children are what an unpruned search would forward."""
         return len(self.token)
 
-    @property
-    def n_inner(self) -> int:
-        """Nodes with children, the root not counted."""
-        return int((self.n_children[1:] > 0).sum())
-
     def path(self, item: int) -> Ints:
         """Nodes from the root's child down to the node that completes `item`."""
         nodes = [int(self.leaf_of[item])]

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from cprec.config import Length, ParentConfig, RunConfig
 from cprec.errors import CheckpointError, ConfigError, did_you_mean
 from cprec.schedule import check_shape
-from cprec.settings import parse_settings
-from cprec.train.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
+from cprec.train.checkpoint import (
+    Checkpoint,
+    checkpoint_name,
+    list_checkpoints,
+    read_checkpoint,
+    read_run_config,
+)
 
 
 def find_checkpoint(source: str, *, phase: str | None = None) -> Checkpoint:
@@ -48,11 +51,10 @@ def branch_config(parent: Checkpoint, *, length: Length, shape: str, final_lr_ra
     """Config of the branch that anneals `parent` over `length` (of which a share is one of the parent's steps).
 
     `run_dir` defaults to the trunk's with `-SHAPE-STEPS`; `mix` None keeps the trunk's weights, and with them the very
-    rows that the trunk would have read next. Raises ConfigError.
+    rows that the trunk would have read next. A branch that has begun keeps its fork. Raises ConfigError.
     """
     check_shape(shape, final_lr_ratio)
-    path = parent.run_dir / "config.yaml"
-    trunk = parse_settings(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+    trunk = read_run_config(parent.run_dir)
     tokens_per_step = parent.state.tokens_seen // parent.state.step
     steps = length.in_steps(tokens_per_step=tokens_per_step, total_steps=parent.state.step)
     if steps < 1:
@@ -64,8 +66,11 @@ def branch_config(parent: Checkpoint, *, length: Length, shape: str, final_lr_ra
         raise ConfigError("; ".join(f"--mix {name}: the run has no such corpus; {did_you_mean(name, known)}"
                                     for name in exact))
     values = trunk.model_dump()
-    start = parent.state.step
     values["run_dir"] = run_dir or f"{parent.run_dir}-{shape}-{steps}"
+    begun = Path(values["run_dir"]) / "config.yaml"
+    if begun.is_file() and (fork := read_run_config(begun.parent).parent) and Path(fork.run_dir) == parent.run_dir:
+        parent = read_checkpoint(parent.folder.with_name(checkpoint_name(fork.step)))  # the trunk may have moved on
+    start = parent.state.step
     values["schedule"]["total"] = {"steps": start + steps}
     values["schedule"]["anneal"] = {"length": {"steps": steps}, "shape": shape, "final_lr_ratio": final_lr_ratio}
     values["data"]["mix"]["anneal"] = mix

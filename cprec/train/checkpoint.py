@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Protocol
 
 import torch.distributed as torch_dist
+import yaml
 from pydantic import ValidationError
 
 from cprec import dist
-from cprec.config import ParentConfig
+from cprec.config import ParentConfig, RunConfig
 from cprec.errors import CheckpointError
-from cprec.format import file_hash, write_atomically
+from cprec.format import file_hash, sync, write_atomically
 from cprec.log import get_logger
 from cprec.schedule import PhaseName
-from cprec.settings import Settings
+from cprec.settings import Settings, parse_settings
 
 log = get_logger(__name__)
-STATE = "state.json"
+CONFIG, STATE = "config.yaml", "state.json"
 
 
 class Saves(Protocol):
@@ -76,6 +77,14 @@ class Checkpoint:
     def state_hash(self) -> str:
         """Hash of `state.json`, and through the hashes in it of everything."""
         return file_hash(self.folder / STATE)
+
+
+def read_run_config(run_dir: Path) -> RunConfig:
+    """The resolved config of a run. Raises CheckpointError when the folder has none."""
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{run_dir} is no run folder: it has no {CONFIG}")
+    return parse_settings(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -163,13 +172,17 @@ def prune(run_dir: Path, *, keep_last: int, kept_for_good: set[int]) -> list[str
 def _hash_files(folder: Path) -> dict[str, FileInfo]:
     """Size and hash of every file of a checkpoint but `state.json`; each rank reads its share. Collective."""
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != STATE)
-    mine = {n: FileInfo(bytes=(folder / n).stat().st_size, xxh3_128=file_hash(folder / n))
-            for n in names[dist.rank()::dist.world_size()]}
+    mine = {n: _describe(folder / n) for n in names[dist.rank()::dist.world_size()]}
     if not torch_dist.is_initialized() or dist.world_size() == 1:
         return mine
     shares: list[dict[str, FileInfo]] = [{}] * dist.world_size()
     torch_dist.all_gather_object(shares, mine)
     return {name: info for share in shares for name, info in share.items()}
+
+
+def _describe(path: Path) -> FileInfo:
+    sync(path)  # state.json must not outlive, in a power loss, the files that it vouches for
+    return FileInfo(bytes=path.stat().st_size, xxh3_128=file_hash(path))
 
 
 def _remedy(checkpoint: Checkpoint) -> str:

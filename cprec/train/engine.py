@@ -52,8 +52,8 @@ class Engine:
         deepspeed.init_distributed(dist_init_required=False)  # takes over the process group that cprec.dist made
         config = plan.config
         self.device = dist.device()
-        self.backend = select(config.model.attention, self.device)
         self.dtype = _dtype(config.model.dtype, self.device)
+        self.backend = select(config.model.attention, self.device, self.dtype)
         self.n_corpora = len(plan.sampler.names)
         self.grad_accum_steps, self.world_size = plan.grad_accum_steps, plan.world_size
         ds_config = _deepspeed_config(plan, self.dtype)

@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from cprec.config import RunConfig
-from cprec.data.dataset import open_manifests
 from cprec.errors import CheckpointError
 from cprec.log import get_logger
-from cprec.settings import parse_settings
-from cprec.train.checkpoint import Checkpoint, verify_checkpoint
+from cprec.train.checkpoint import Checkpoint, read_run_config, verify_checkpoint
 from cprec.train.engine import consolidated_weights
 from cprec.train.metrics import read_metrics
+from cprec.train.plan import DATA, DataRecord
 
 log = get_logger(__name__)
 SHARD_BYTES = 4 << 30
@@ -44,8 +42,7 @@ def export(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype) -> None:
         log.info("%s already holds this export", out)
         return
     verify_checkpoint(checkpoint)
-    config_path = checkpoint.run_dir / "config.yaml"
-    config = parse_settings(RunConfig, yaml.safe_load(config_path.read_text(encoding="utf-8")), source=str(config_path))
+    config = read_run_config(checkpoint.run_dir)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -64,7 +61,7 @@ def export(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype) -> None:
 def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
     """Model card of an export: base model, data, tokens, schedule, lineage and last losses, as measured."""
     s = checkpoint.state
-    corpora = open_manifests(config.data.packed, "train")
+    data = DataRecord.model_validate_json((checkpoint.run_dir / DATA).read_text(encoding="utf-8"))
     lineage = f"branch of {config.parent.run_dir} at step {config.parent.step:,}" if config.parent else "trunk"
     anneal = config.schedule.anneal
     schedule = f"peak {config.optimizer.peak_lr:g}, warm-up {config.schedule.warmup.steps} steps, " + (
@@ -73,17 +70,16 @@ def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
     validation = [r for r in read_metrics(checkpoint.run_dir) if r["kind"] == "valid" and r["step"] <= s.step]
     last = validation[-1]["loss_by_corpus"] if validation else {}
     losses = [f"| {name} | {loss:.4f} |" for name, loss in last.items()]
-    audited = all(m.audit and m.audit.passed for m in corpora.values())
-    rows = [f"| {name} | {m.n_documents:,} | {m.n_tokens:,} |" for name, m in corpora.items()]
+    rows = [f"| {name} | {c.n_documents:,} | {c.n_tokens:,} |" for name, c in data.corpora.items()]
     return "\n".join([
         "---", f"base_model: {config.model.path}", "library_name: transformers", "pipeline_tag: text-generation",
         "tags: [recommendation, continual-pretraining, cprec]", "---", "", f"# {checkpoint.run_dir.name}", "",
-        f"Continual pre-training of `{config.model.path}` on behaviour sequences of {len(corpora)} corpora with CPRec "
-        f"(after arXiv:2504.08949).", "",
+        f"Continual pre-training of `{config.model.path}` on behaviour sequences of {len(data.corpora)} corpora with "
+        f"CPRec (after arXiv:2504.08949).", "",
         f"- step {s.step:,}, {s.tokens_seen:,} tokens seen, {s.phase} phase next, {lineage}",
         f"- Warmup-Stable-Annealing: {schedule}",
-        f"- prompt template: {next(iter(corpora.values())).template.lead_in!r}, then one line per item",
-        f"- leak audit of the training data: {'passed' if audited else 'not passed'}",
+        f"- prompt template: {data.template.lead_in!r}, then one line per item",
+        f"- leak audit of the training data: {'passed' if data.is_audited else 'not passed'}",
         "", "| training corpus | documents | tokens |", "|---|---:|---:|", *rows, "",
         "| validation corpus | nats per token |", "|---|---:|", *losses, "",
     ])

@@ -12,14 +12,13 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-import yaml
 
 from cprec import dist
 from cprec.config import RunConfig
@@ -31,24 +30,27 @@ from cprec.format import Manifest, PackedCorpus, write_atomically
 from cprec.log import get_logger
 from cprec.log import progress as with_bar
 from cprec.process import only_writer
-from cprec.settings import dump_settings, parse_settings
+from cprec.settings import dump_settings
 from cprec.train.checkpoint import (
+    CONFIG,
     Checkpoint,
     State,
     list_checkpoints,
     load_checkpoint,
     prune,
     read_checkpoint,
+    read_run_config,
     save_checkpoint,
 )
 from cprec.train.engine import Engine, StepResult
 from cprec.train.metrics import MetricsLog, TrainRecord, ValidationRecord, memory_gb, peak_flops
-from cprec.train.plan import Plan, build_plan
+from cprec.train.plan import DATA, DataRecord, Plan, build_plan
 
 log = get_logger(__name__)
-CONFIG = "config.yaml"
-FREE_TO_CHANGE = ("checkpoint", "validation", "log_every", "max_bad_steps", "data.verify")
-"""Fields that may differ when a run goes on: they change what is written, not what is trained."""
+FREE_TO_CHANGE = ("checkpoint", "validation", "log_every", "max_bad_steps", "data.packed", "data.verify",
+                  "batch.micro_batch_size", "model.attention", "model.activation_checkpointing")
+"""Fields that may differ when a run goes on: they change what is written or how it is computed, not what is trained.
+The data may have moved: that they are the same is checked by what is in them."""
 
 
 @dataclass
@@ -81,9 +83,21 @@ def train(config: RunConfig) -> bool:
     dist.init()
     plan = build_plan(config, dist.world_size())
     run_dir = Path(plan.config.run_dir)
-    with only_writer(run_dir) if dist.rank() == 0 else nullcontext():
-        claim_run_folder(run_dir, plan.config)
+    with ExitStack() as held:
+        _hold(run_dir, held)
+        claim_run_folder(run_dir, plan)
         return _train(plan, run_dir)
+
+
+def _hold(run_dir: Path, held: ExitStack) -> None:
+    """Make rank 0 the folder's only writer; every rank raises if it cannot be."""
+    problems = []
+    if dist.rank() == 0:
+        try:
+            held.enter_context(only_writer(run_dir))
+        except ConfigError as e:
+            problems.append(str(e))
+    raise_all(dist.gather_texts(problems), of="run_dir")
 
 
 def _train(plan: Plan, run_dir: Path) -> bool:
@@ -140,26 +154,40 @@ def _run(plan: Plan, engine: Engine, dataset: PackedDataset, metrics: MetricsLog
     return True
 
 
-def claim_run_folder(run_dir: Path, config: RunConfig) -> None:
-    """Write the resolved config into a new run folder, or check that the folder's own says the same.
+def claim_run_folder(run_dir: Path, plan: Plan) -> None:
+    """Write the resolved config and the data's record into the run folder, or check that a run that has checkpoints
+    there is this one.
 
-    Raises ConfigError listing the fields that differ; the folder stays as it was. Collective.
+    Raises ConfigError listing the fields that differ, or DataError naming the corpora that do; the folder stays as it
+    was. Collective.
     """
-    path = run_dir / CONFIG
-    if path.is_file():
-        theirs = parse_settings(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
-        differing = [f"{field}: {old!r} in {path}, {new!r} now" for field, old, new in _differences(theirs, config)]
+    if any((run_dir / "checkpoints").glob("step_*")):
+        theirs = read_run_config(run_dir)
+        differing = [f"{field}: {old!r} in {run_dir / CONFIG}, {new!r} now"
+                     for field, old, new in _differences(theirs, plan.config)]
         if differing:
             listed = "\n  ".join(differing)
             raise ConfigError(f"{run_dir} belongs to another run:\n  {listed}\ngive this one a run_dir of its own, or "
                               f"start it with the old values")
-    elif any((run_dir / "checkpoints").glob("*")):
-        raise ConfigError(f"{run_dir} has checkpoints but no {CONFIG}; give this run a run_dir of its own")
+        _check_same_data(run_dir, plan)
+    if plan.config.parent:
+        _check_same_data(Path(plan.config.parent.run_dir), plan)
     dist.barrier()
-    if dist.rank() == 0 and not path.is_file():
+    if dist.rank() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, dump_settings(config))
+        write_atomically(run_dir / DATA, plan.data.model_dump_json(indent=1))
+        write_atomically(run_dir / CONFIG, dump_settings(plan.config))
     dist.barrier()
+
+
+def _check_same_data(run_dir: Path, plan: Plan) -> None:
+    """The packed data are those that the run in `run_dir` was trained on, by their shards' hashes."""
+    known = DataRecord.model_validate_json((run_dir / DATA).read_text(encoding="utf-8")).corpora
+    found = plan.data.corpora
+    other = sorted(name for name in {*known, *found} if known.get(name) != found.get(name))
+    if other:
+        raise DataError(f"{', '.join(other)} below data.packed={plan.config.data.packed} are not what {run_dir} was "
+                        f"trained on; give it the corpora that it began with, or start a new run")
 
 
 def validate(plan: Plan, engine: Engine, step: int) -> ValidationRecord:
@@ -215,17 +243,19 @@ def _guard(totals: _Totals, result: StepResult, plan: Plan, dataset: PackedDatas
     finite = math.isfinite(totals.loss)
     if finite and not result.skipped:
         return
-    assert result.skipped, f"step {progress.step}: loss {totals.loss}, but DeepSpeed updated the weights"
     progress.bad_steps += 1
     rows = dataset.describe(progress.step)
+    if not result.skipped:
+        raise DivergedError(f"step {progress.step + 1}: the loss is {totals.loss}, but the gradients were finite and "
+                            f"the weights were updated; rows: {'; '.join(rows)}; go on from the newest checkpoint")
     corpora = Counter(row.split(" ")[0] for row in rows)
     log.warning("step %d was skipped: loss %s, gradient norm %s; rows by corpus: %s; rows: %s", progress.step + 1,
                 totals.loss, result.grad_norm, dict(corpora), "; ".join(rows))
     if progress.bad_steps > plan.config.max_bad_steps:
         raise DivergedError(
             f"{progress.bad_steps} steps had a non-finite loss or gradient, more than max_bad_steps="
-            f"{plan.config.max_bad_steps}; the last was step {progress.step + 1}, with rows: {'; '.join(rows)}; go on "
-            f"from the newest checkpoint with a lower optimizer.peak_lr, or look at these rows")
+            f"{plan.config.max_bad_steps}; the last was step {progress.step + 1}, with rows: {'; '.join(rows)}; look "
+            f"at these rows, or begin another run_dir with a lower optimizer.peak_lr")
 
 
 class _StepWatch:
@@ -293,7 +323,7 @@ def _save(plan: Plan, engine: Engine, run_dir: Path, progress: Progress) -> None
     saved = save_checkpoint(engine, run_dir, state)
     removed: list[str] = []
     if dist.rank() == 0:
-        kept = {s for s in plan.checkpoint_steps() if plan.is_kept(s)}
+        kept = {c.state.step for c in list_checkpoints(run_dir) if plan.is_kept(c.state.step)}
         removed = prune(run_dir, keep_last=plan.config.checkpoint.keep_last, kept_for_good=kept)
     dist.barrier()
     log.info("saved %s in %.1f s%s", saved.folder, time.perf_counter() - started,
@@ -311,11 +341,13 @@ def _open_data(plan: Plan) -> PackedDataset:
 
 
 def _altered_shards(plan: Plan) -> list[str]:
-    """What is wrong with the bytes of this rank's share of the corpora."""
+    """What is wrong with the bytes of this rank's share of the shards."""
     problems = []
-    for name in [*plan.train, *plan.valid][dist.rank()::plan.world_size]:
+    manifests = {**plan.train, **plan.valid}
+    shards = [(name, shard) for name, manifest in manifests.items() for shard in manifest.shards]
+    for name, shard in shards[dist.rank()::plan.world_size]:
         try:
-            PackedCorpus(Path(plan.config.data.packed) / name).verify()
+            PackedCorpus(Path(plan.config.data.packed) / name).verify(shard)
         except DataError as e:
             problems.append(str(e))
     return problems

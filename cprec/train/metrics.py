@@ -75,7 +75,7 @@ class MetricsLog:
         if not active:
             return
         path = run_dir / "metrics.jsonl"
-        kept = [r for r in read_metrics(run_dir) if r["step"] <= resume_step] if path.exists() else []
+        kept = [r for r in read_metrics(run_dir) if r["step"] <= resume_step]
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         partial.replace(path)
@@ -100,9 +100,10 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Every record of a run in order; a last line cut short by a crash is left out."""
+    """Every record of a run in order; none where it has logged nothing yet; a line that a crash cut is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
     records = []
-    for line in (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -9,13 +9,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from cprec.config import MixConfig, RunConfig, check_batch
-from cprec.data.dataset import open_manifests
+from cprec.data.dataset import check_alike, open_manifests
 from cprec.data.sampler import PERIOD, Phase, Sampler, quotas_of, resolve_mix
 from cprec.errors import ConfigError, DataError, raise_all
-from cprec.format import Manifest
+from cprec.format import Manifest, Template
 from cprec.schedule import Schedule
+from cprec.settings import Settings
 from cprec.tokenizer import load_tokenizer
+
+DATA = "data.json"
+
+
+class CorpusRecord(Settings):
+    """What a run remembers of a training corpus: enough to know it again, and to tell of it in a model card."""
+
+    n_documents: int
+    n_tokens: int
+    rows_hash: str
+    """Over the hashes of its shards: the same rows, wherever the folder is."""
+
+
+class DataRecord(Settings):
+    """The data of a run, as `data.json` in its folder. A run never goes on with other data than it began with."""
+
+    split_hash: str
+    template: Template
+    is_audited: bool
+    corpora: dict[str, CorpusRecord]
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,15 @@ class Plan:
     def first_step(self) -> int:
         """Where the run begins: 0, or the fork of a branch."""
         return self.config.parent.step if self.config.parent else 0
+
+    @property
+    def data(self) -> DataRecord:
+        """What the run's folder records of its training data."""
+        first = next(iter(self.train.values()))
+        corpora = {name: CorpusRecord(n_documents=m.n_documents, n_tokens=m.n_tokens, rows_hash=_rows_hash(m))
+                   for name, m in self.train.items()}
+        return DataRecord(split_hash=first.split_hash, template=first.template, corpora=corpora,
+                          is_audited=all(m.audit is not None and m.audit.passed for m in self.train.values()))
 
     def checkpoint_steps(self) -> list[int]:
         """Steps at which a checkpoint is written, the run's last among them."""
@@ -85,9 +117,9 @@ def build_plan(config: RunConfig, world_size: int) -> Plan:
     """The plan of `config` on `world_size` ranks. Raises ConfigError or DataError listing what stands against it."""
     train = open_manifests(config.data.packed, "train")
     valid = open_manifests(config.data.packed, "valid") if config.validation.every else {}
-    first = next(iter(train.values()))
-    seq_len = first.seq_len
+    check_alike({**train, **valid}, config.data.packed)
     _check_data(config, {**train, **valid})
+    seq_len = next(iter(train.values())).seq_len
     schedule = config.build_schedule(tokens_per_step=config.batch.global_batch_size * seq_len)
     problems = check_batch(config.batch, world_size)
     if config.parent and schedule.anneal and schedule.anneal.start != config.parent.step:
@@ -113,6 +145,10 @@ def _check_data(config: RunConfig, manifests: dict[str, Manifest]) -> None:
                           f"fingerprint {own.fingerprint[:12]}) than the one that packed {config.data.packed} "
                           f"({packed_with.name}, {packed_with.vocab_size:,}, {packed_with.fingerprint[:12]}); "
                           f"prepare the data with this model's tokenizer, or take the model of that one")
+
+
+def _rows_hash(manifest: Manifest) -> str:
+    return xxhash.xxh3_128_hexdigest("".join(s.xxh3_128 for s in manifest.shards).encode())
 
 
 def _resolve_mix(mix: MixConfig, train: dict[str, Manifest]) -> MixConfig:

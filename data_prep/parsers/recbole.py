@@ -41,7 +41,7 @@ def parse(engine: Engine, dataset: Dataset) -> tuple[Table, Table]:
         map_interactions(engine, events, wanted, unit=columns.timestamp_unit, source=str(inter), domain=domain,
                          domain_column=None, rating=columns.rating),
         map_items(items, item_id=wanted["item_id"], title=title, domain=domain, brand=columns.brand,
-                  category=columns.category, source=str(item)),
+                  category=columns.category),
     )
 
 

@@ -42,7 +42,7 @@ def parse(engine: Engine, dataset: Dataset) -> tuple[Table, Table]:
         map_interactions(engine, events, wanted, unit=columns.timestamp_unit, source=dataset.path,
                          domain=dataset.domain, domain_column=columns.domain, rating=columns.rating),
         map_items(items, item_id=wanted["item_id"], title=title, domain=dataset.domain or items[columns.domain],
-                  brand=columns.brand, category=columns.category, source=dataset.items),
+                  brand=columns.brand, category=columns.category),
     )
 
 

@@ -155,8 +155,10 @@ def test_all_that_makes_a_model_unfit_is_told_at_once(tmp_path: Path) -> None:
 
 def test_a_backend_that_cannot_run_here_says_what_it_lacks() -> None:
     with pytest.raises(ConfigError, match=r"flash2.* cannot run here: flash-attn needs a CUDA device"):
-        select("flash2", CPU)
+        select("flash2", CPU, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"varlen.* cannot run here: it computes in 16 bits, model.dtype is float32"):
+        select("varlen", torch.device("cuda"), torch.float32)
     with pytest.raises(ConfigError, match="did you mean 'flash"):
-        select("flash5", CPU)
-    assert select("auto", CPU) == "doc_sdpa"
+        select("flash5", CPU, torch.float32)
+    assert select("auto", CPU, torch.float32) == "doc_sdpa"
     assert {b.implementation for b in attention.BACKENDS.values()} >= {"cprec_doc_sdpa", "flash_attention_2"}

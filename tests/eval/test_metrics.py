@@ -10,7 +10,7 @@ import pytest
 from cprec.eval.baselines import BASELINES, rank_by_baseline
 from cprec.eval.metrics import METRICS, Ranked, best, chance_hit_rate, mid_rank
 from cprec.eval.queries import load_queries
-from cprec.eval.stats import Observations, mean_interval, minimum_detectable_difference, paired_difference
+from cprec.eval.stats import Observations, mean_interval, paired_difference
 from tests.eval.folders import Query, Shop, write_queries
 
 RANKS = [1.0, 1.5, 3.0, 10.0, 10.5, 60.0]
@@ -115,7 +115,3 @@ def test_p_of_a_model_that_always_wins_is_that_of_all_signs_equal() -> None:
     found = paired_difference(observations([2.0] * 6), observations([1.0] * 6), n_permutations=20_000)
     assert (found.mean, found.low, found.high) == (1, 1, 1)
     assert found.p == pytest.approx(2 / 64, abs=0.004)
-
-
-def test_minimum_detectable_difference_is_that_of_the_protocol() -> None:
-    assert minimum_detectable_difference(0.08, 943) == pytest.approx(0.026, abs=0.0005)

@@ -14,24 +14,33 @@ import pytest
 import shops
 
 from cprec.errors import DataError
-from cprec.format import PackedCorpus, file_hash, read_manifest, write_manifest
-from data_prep.audit import audit, read_audit
+from cprec.format import Audit, PackedCorpus, file_hash, read_manifest, write_manifest
+from data_prep.audit import audit
+from data_prep.config import PrepConfig
 from data_prep.pipeline import prepare
-from data_prep.records import Corpora, Layout
+from data_prep.records import Layout
 from data_prep.split import read_split
 
-CORPORA = Corpora(("books", "games", "toys"), ("garden",))
 Change = Callable[[dict[str, Any]], None]
 
 
-def run_audit(out: Path, regime: str = "overlap") -> None:
-    layout = Layout(out)
+def config_of(out: Path, **change: Any) -> PrepConfig:
+    return shops.config(shops.config_values(Path("raw"), out) | change)
+
+
+def run_audit(out: Path, **change: Any) -> None:
+    """Audit the shops prepared in `out`, with these settings changed."""
+    layout, config = Layout(out), config_of(out, **change)
     engine = shops.engine(out)
     try:
-        audit(engine, layout, corpora=CORPORA, split=read_split(layout), tokenizer=str(layout.tokenizer),
-              regime=regime, seed=17)
+        audit(engine, layout, config, split=read_split(layout),
+              tokenizer=config.tokenizer.path or str(layout.tokenizer))
     finally:
         engine.close()
+
+
+def read_audit(path: Path) -> dict[str, Audit]:
+    return {name: Audit.model_validate(found) for name, found in json.loads(path.read_text()).items()}
 
 
 def failed_checks(out: Path, corpus: str) -> set[str]:
@@ -61,7 +70,7 @@ def test_a_clean_preparation_passes_every_check(prepared: Path) -> None:
     assert all(a.passed for a in found.values()) and len(found) == 8
     assert set(found["mixed"].checks) == {
         "every document once", "inside the clock", "no held-out event", "no unseen item or title",
-        "decoded lines are the items' lines", "no decoded line is an unseen title"}
+        "rows are their documents' tokens", "decoded lines are the items' lines", "no decoded line is an unseen title"}
 
 
 def test_a_held_out_event_in_a_history_is_found(copy_of_prepared: Path) -> None:
@@ -117,19 +126,21 @@ def test_an_unseen_title_under_another_domains_item_is_found(copy_of_prepared: P
         run_audit(copy_of_prepared)
 
 
-def replace_shard(out: Path, corpus: str, change: Callable[[pa.RecordBatch], dict[str, pa.Array]]) -> None:
-    """Alter columns of the first shard, and its size and hash in the manifest so that only the content is wrong."""
+def replace_shard(out: Path, corpus: str, change: Callable[[pa.RecordBatch], dict[str, pa.Array]], *,
+                  number: int = 0) -> None:
+    """Alter columns of a shard, and its size and hash in the manifest so that only the content is wrong."""
     folder = out / "packed" / corpus
     manifest = PackedCorpus(folder).manifest
-    path = folder / manifest.shards[0].file
+    path = folder / manifest.shards[number].file
     with pa.ipc.open_file(path.read_bytes()) as reader:
         batch = reader.get_batch(0)
     columns = {name: batch[name] for name in batch.schema.names} | change(batch)
     altered = pa.record_batch(columns)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, altered.schema) as writer:
         writer.write_batch(altered)
-    info = manifest.shards[0].model_copy(update={"bytes": path.stat().st_size, "xxh3_128": file_hash(path)})
-    write_manifest(folder, manifest.model_copy(update={"shards": [info, *manifest.shards[1:]]}))
+    shards = list(manifest.shards)
+    shards[number] = shards[number].model_copy(update={"bytes": path.stat().st_size, "xxh3_128": file_hash(path)})
+    write_manifest(folder, manifest.model_copy(update={"shards": shards}))
 
 
 def test_an_unseen_title_written_into_a_row_is_found(copy_of_prepared: Path) -> None:
@@ -148,8 +159,86 @@ def test_an_unseen_title_written_into_a_row_is_found(copy_of_prepared: Path) -> 
     replace_shard(out, "specific/toys", plant)
     with pytest.raises(DataError, match="specific/toys: no decoded line is an unseen title: FAILED"):
         run_audit(out)
-    assert failed_checks(out, "specific/toys") == {"no decoded line is an unseen title",
-                                                   "decoded lines are the items' lines"}
+    assert failed_checks(out, "specific/toys") == {
+        "no decoded line is an unseen title", "decoded lines are the items' lines", "rows are their documents' tokens"}
+
+
+def swap_two_tokens(batch: pa.RecordBatch) -> dict[str, pa.Array]:
+    """The shard's last row with its third token from the start and the next different one exchanged."""
+    ids = batch["input_ids"].flatten().to_numpy().copy().reshape(batch.num_rows, -1)
+    row = ids[-1]
+    other = 3 + int(np.flatnonzero(row[3:] != row[2])[0])
+    row[[2, other]] = row[[other, 2]]
+    return {"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), ids.shape[1])}
+
+
+def test_one_row_of_other_tokens_is_found_whether_or_not_it_is_in_the_decoded_sample(
+        copy_of_prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_prep.audit.SAMPLED_ROWS", 0)
+    replace_shard(copy_of_prepared, "mixed", swap_two_tokens)
+    n_rows = len(PackedCorpus(copy_of_prepared / "packed" / "mixed"))
+    with pytest.raises(DataError, match=rf"mixed: rows are their documents' tokens: FAILED: 1 of {n_rows:,} rows, all"):
+        run_audit(copy_of_prepared)
+    assert failed_checks(copy_of_prepared, "mixed") == {"rows are their documents' tokens"}
+    assert failed_checks(copy_of_prepared, "specific/books") == set()
+
+
+def test_a_row_that_is_right_but_for_the_border_between_two_documents_is_found(copy_of_prepared: Path) -> None:
+    def plant(batch: pa.RecordBatch) -> dict[str, pa.Array]:
+        lens = batch["doc_lens"].flatten().to_numpy().copy()
+        offsets = batch["doc_lens"].offsets
+        first = next(o for o, ids in zip(offsets.to_pylist(), batch["doc_ids"].to_pylist(), strict=False)
+                     if len(ids) > 1)
+        lens[first:first + 2] += np.array([1, -1], np.int32)
+        return {"doc_lens": pa.ListArray.from_arrays(offsets, pa.array(lens))}
+
+    # rows of several documents come last in a window: the longest documents are packed first
+    replace_shard(copy_of_prepared, "mixed", plant, number=-1)
+    with pytest.raises(DataError, match="mixed: rows are their documents' tokens: FAILED: 1 of"):
+        run_audit(copy_of_prepared)
+
+
+@pytest.mark.parametrize("doc_id", [-1, 1_000_000])
+def test_a_row_of_a_document_that_is_not_there_is_counted_as_wrong(copy_of_prepared: Path, doc_id: int) -> None:
+    def plant(batch: pa.RecordBatch) -> dict[str, pa.Array]:
+        ids = batch["doc_ids"].flatten().to_numpy().copy()
+        ids[0] = doc_id
+        return {"doc_ids": pa.ListArray.from_arrays(batch["doc_ids"].offsets, pa.array(ids))}
+
+    # no row is decoded: decoding needs documents that exist
+    replace_shard(copy_of_prepared, "mixed", plant)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_prep.audit.SAMPLED_ROWS", 0)
+        with pytest.raises(DataError, match="mixed: rows are their documents' tokens: FAILED: 1 of"):
+            run_audit(copy_of_prepared)
+    assert failed_checks(copy_of_prepared, "mixed") == {"rows are their documents' tokens", "every document once"}
+
+
+def test_rows_of_documents_tokenized_whole_are_compared_with_those(
+        raw: Path, tmp_path: Path, tiny_tokenizer: str) -> None:
+    out, slow = tmp_path / "out", {"tokenizer": {"path": tiny_tokenizer, "exact": "slow"}}
+    prepare(shops.config(shops.config_values(raw, out) | slow))
+    n_rows = len(PackedCorpus(out / "packed" / "mixed"))
+    finding = read_audit(out / "audit.json")["mixed"].checks["rows are their documents' tokens"]
+    assert finding.startswith(f"ok: 0 of {n_rows:,} rows, all compared") and "tokens.arrow" in finding
+    replace_shard(out, "mixed", swap_two_tokens)
+    with pytest.raises(DataError, match="mixed: rows are their documents' tokens: FAILED: 1 of"):
+        run_audit(out, **slow)
+
+
+def test_the_id_of_an_unseen_item_is_found_where_ids_are_shared_also_when_that_item_has_no_title(
+        copy_of_prepared: Path) -> None:
+    out = copy_of_prepared
+    table = pq.read_table(out / "catalogue.parquet")
+    rows = table.to_pylist()
+    book = rows[pq.read_table(out / "histories" / "specific" / "books.parquet")["items"].to_pylist()[0][0]]
+    titled = pq.read_table(out / "items" / "titled.parquet")
+    untitled = {"domain": "garden", "item_id": book["item_id"]}
+    pq.write_table(pa.Table.from_pylist([*titled.to_pylist(), untitled], schema=titled.schema),
+                   out / "items" / "titled.parquet")
+    run_audit(out)  # chance, where every shop numbers its own items
+    with pytest.raises(DataError, match=r"no unseen item or title: FAILED: 1 of .* or an id of its catalogue"):
+        run_audit(out, clean={"shared_item_ids": True})
 
 
 def test_a_document_packed_twice_is_found(copy_of_prepared: Path) -> None:

@@ -108,6 +108,41 @@ def test_items_of_one_title_are_merged_into_the_smallest_id_when_asked(tmp_path:
     assert pq.read_table(layout.interactions)["item_id"].to_pylist() == ["b1", "b5", "g1"]
 
 
+@pytest.mark.parametrize(("shared", "kept"), [(False, ["b1", "b2"]), (True, ["b2"])])
+def test_an_item_with_the_id_of_an_unseen_one_is_dropped_where_ids_are_shared_also_when_that_has_no_title(
+        tmp_path: Path, shared: bool, kept: list[str]) -> None:
+    layout = Layout(tmp_path)
+    shops.write_items(layout.raw_items, [
+        ("books", "b1", "Dune"), ("books", "b2", "Emma"), ("books", "b3", "Rake"), ("garden", "b1", None),
+        ("garden", "b3", "rake"), ("garden", "g1", "Spade"), ("music", "b2", "Song")])
+    shops.write_events(layout.raw_interactions, [
+        ("u1", "books", "b1", 10), ("u2", "books", "b1", 11), ("u1", "books", "b2", 12), ("u1", "books", "b3", 13),
+        ("u1", "garden", "b3", 14), ("u1", "garden", "g1", 15)])
+    engine = shops.engine(tmp_path)
+    counts = clean(engine, layout, CleanSettings(untitled_items="drop", shared_item_ids=shared), corpora=CORPORA,
+                   seed=1).by_reason
+    engine.close()
+    items = pq.read_table(layout.items).select(["domain", "item_id"]).to_pylist()
+    assert [i["item_id"] for i in items if i["domain"] == "books"] == kept
+    assert [i["item_id"] for i in items if i["domain"] == "garden"] == ["b3", "g1"]
+    reason = "its id is in an unseen domain's catalogue"
+    assert counts.get(f"items of books dropped: {reason}", 0) == (1 if shared else 0)
+    assert counts.get(f"events dropped: {reason}", 0) == (2 if shared else 0)
+    assert counts["items of books dropped: its title is in an unseen domain's catalogue"] == 1  # b3: for its title
+
+
+def test_every_title_of_an_unseen_item_that_the_source_repeats_is_kept_out(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    shops.write_items(layout.raw_items, [("books", "b1", "Dune"), ("books", "b2", "Emma"), ("garden", "g1", "Dune"),
+                                         ("garden", "g1", "Emma")])
+    shops.write_events(layout.raw_interactions, [("u1", "books", "b1", 1), ("u1", "books", "b2", 2),
+                                                 ("u1", "garden", "g1", 3)])
+    engine = shops.engine(tmp_path)
+    counts = clean(engine, layout, CleanSettings(), corpora=CORPORA, seed=1).by_reason
+    engine.close()
+    assert counts["events dropped: its title is in an unseen domain's catalogue"] == 2
+
+
 def test_the_hash_is_the_md5_of_seed_user_domain_item_and_time(tmp_path: Path) -> None:
     layout, _ = run_clean(tmp_path, CleanSettings(untitled_items="drop"))
     for row in pq.read_table(layout.interactions).to_pylist():

@@ -124,6 +124,23 @@ def test_the_unit_of_time_is_the_columns_or_decided_by_the_largest(
     assert sorted(events["ts_ms"].to_pylist()) == ts_ms
 
 
+@pytest.mark.parametrize(("stamps", "ts_ms"), [
+    ([1.5e12, 5.0], [5, 1_500_000_000_000]),
+    ([1.5e9, 5.0], [5_000, 1_500_000_000_000]),
+])
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_times_that_are_no_finite_number_decide_no_unit_and_are_missing(
+        tmp_path: Path, kind: str, stamps: list[float], ts_ms: list[int]) -> None:
+    table = pa.table({"user_id": list("abcde"), "item_id": ["x"] * 5,
+                      "timestamp": [*stamps, float("nan"), float("inf"), float("-inf")]})
+    (pq.write_table if kind == "parquet" else pyarrow.csv.write_csv)(table, tmp_path / f"e.{kind}")
+    pq.write_table(pa.table({"item_id": ["x"], "title": ["X"]}), tmp_path / "i.parquet")
+    events, _ = parse(tmp_path, parser="tabular", domain="d", path=str(tmp_path / f"e.{kind}"),
+                      items=str(tmp_path / "i.parquet"))
+    found = events["ts_ms"].to_pylist()
+    assert sorted(t for t in found if t is not None) == ts_ms and found.count(None) == 3
+
+
 def test_a_column_can_say_the_domain(tmp_path: Path) -> None:
     pq.write_table(pa.table({"user_id": ["a", "b"], "item_id": ["x", "y"], "timestamp": [1, 2], "shop": ["p", "q"]}),
                    tmp_path / "e.parquet")

@@ -17,7 +17,7 @@ import yaml
 
 from cprec.errors import ConfigError, DataError
 from cprec.format import PackedCorpus, list_corpora, read_queries_manifest
-from data_prep.pipeline import prepare
+from data_prep.pipeline import Preparation, prepare
 from data_prep.records import STAGES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -142,6 +142,29 @@ def test_a_folder_of_something_else_is_refused(values: dict[str, Any], tmp_path:
     with pytest.raises(DataError, match="not empty and is no prepared folder"):
         prepare(shops.config(values))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_refused_folder_keeps_its_own_folder_named_spill(values: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("spill", ".spill"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "thesis.txt").write_text("mine")
+    before = shops.bytes_below(tmp_path / "out")
+    with pytest.raises(DataError, match="not empty and is no prepared folder"):
+        prepare(shops.config(values))
+    assert shops.bytes_below(tmp_path / "out") == before and len(before) == 2
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_spill_folder_is_removed_only_where_the_preparation_chose_it(
+        values: dict[str, Any], tmp_path: Path, elsewhere: bool) -> None:
+    values["engine"]["spill"] = str(tmp_path / "elsewhere") if elsewhere else None
+    preparation = Preparation(shops.config(values))
+    for folder in (".spill", "spill"):
+        (tmp_path / "out" / folder).mkdir(parents=True)
+    assert preparation.engine is preparation.engine
+    preparation.close()
+    assert (tmp_path / "out" / "spill").is_dir()
+    assert (tmp_path / "out" / ".spill").is_dir() is elsewhere
 
 
 def test_missing_files_of_two_datasets_are_one_error_and_nothing_is_written(

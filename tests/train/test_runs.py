@@ -26,7 +26,9 @@ from cprec.errors import EXIT_REQUEUE
 from cprec.format import PackedCorpus, file_hash
 from cprec.loss import IGNORE_INDEX
 from cprec.model import load_for_training
+from cprec.process import only_writer
 from cprec.schedule import Schedule
+from cprec.train.checkpoint import list_checkpoints
 from cprec.train.metrics import read_metrics
 from cprec.train.plan import build_plan
 
@@ -116,7 +118,7 @@ def test_sigterm_saves_and_exits_with_the_requeue_code_and_the_run_goes_on_with_
     config = write_config({**one_rank, "run_dir": str(stopped)}, tmp_path / "b.yaml")
     started = subprocess.Popen(command("pretrain.py", "--config", str(config), ranks=1), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while not (stopped / "metrics.jsonl").exists() or len(read_metrics(stopped)) < 3:
+    while len(read_metrics(stopped)) < 3:
         assert started.poll() is None and time.monotonic() < deadline, "the run ended or hung before step 3"
         time.sleep(0.01)
     started.send_signal(signal.SIGTERM)
@@ -124,6 +126,54 @@ def test_sigterm_saves_and_exits_with_the_requeue_code_and_the_run_goes_on_with_
     assert len(list((stopped / "checkpoints").glob("step_*/state.json"))) == 1
     launch("pretrain.py", "--config", str(config), ranks=1)
     assert losses(stopped) == losses(unbroken)
+
+
+def test_stopping_the_deepspeed_command_makes_its_ranks_save_and_leaves_none_behind(
+        world: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    values = {**world, "run_dir": str(run), "schedule": {"total": {"steps": 2000}, "warmup": {"steps": 2}},
+              "checkpoint": {"every": 2000}}
+    config = write_config(values, tmp_path / "run.yaml")
+    args = command("pretrain.py", "--config", str(config), ranks=2)
+    started = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while len(read_metrics(run)) < 5:
+        assert started.poll() is None and time.monotonic() < deadline, "the run ended or hung before step 5"
+        time.sleep(0.01)
+    started.terminate()
+    started.wait()
+    with only_writer(run, wait_s=100):  # free once the last rank that writes is gone
+        (saved,) = list_checkpoints(run)
+    assert 4 <= saved.state.step < 2000 and saved.state.phase == "stable"
+
+
+def test_a_run_goes_on_only_with_the_data_that_it_began_with(
+        world: dict[str, Any], trunk: Path, tmp_path: Path) -> None:
+    model = Path(world["model"]["path"])
+    other = shutil.copytree(world["data"]["packed"], tmp_path / "packed")
+    shutil.rmtree(other / "mixed")
+    tiny.write_corpus(other, "mixed", model=model, n_rows=25, seed=99)
+    values = {**world, "data": {**world["data"], "packed": str(other)}}
+    said = launch("pretrain.py", "--config", str(write_config(values, tmp_path / "run.yaml")), ranks=1, expect=3)
+    assert "mixed below" in said and "not what" in said
+    moved = shutil.copytree(world["data"]["packed"], tmp_path / "moved")
+    values = {**world, "data": {**world["data"], "packed": str(moved)}}
+    values["batch"] = {**world["batch"], "micro_batch_size": 1}
+    run = shutil.copytree(trunk, tmp_path / "trunk")
+    values["run_dir"] = str(run)
+    values["schedule"] = {"total": {"steps": 13}, "warmup": {"steps": 2}}  # longer, moved, in smaller pieces: still it
+    values["checkpoint"] = {"every": 5, "keep_last": 1, "keep_stable_every": 4}
+    launch("pretrain.py", "--config", str(write_config(values, tmp_path / "run.yaml")), ranks=2)
+    assert [c.state.step for c in list_checkpoints(run)] == [4, 8, 12, 13]  # stable ones outlive another `every`
+    assert yaml.safe_load((run / "config.yaml").read_text())["schedule"]["total"]["steps"] == 13
+
+
+def test_a_first_start_that_failed_can_be_mended_in_place(world: dict[str, Any], tmp_path: Path) -> None:
+    values = {**world, "run_dir": str(tmp_path / "run"), "schedule": {"total": {"steps": 1}, "warmup": {"steps": 1}}}
+    config = write_config(values, tmp_path / "run.yaml")
+    said = launch("pretrain.py", "--config", str(config), "model.attention=flash2", ranks=1, expect=2)
+    assert "flash2" in said and "cannot run here" in said and "Traceback" not in said
+    launch("pretrain.py", "--config", str(config), ranks=1)
 
 
 def test_two_ranks_with_unequal_padding_train_like_one_rank_with_everything(
@@ -204,6 +254,8 @@ def test_an_annealed_checkpoint_is_no_parent(branches: dict[str, Path]) -> None:
     said = launch("anneal.py", "--from", str(branches["sqrt"] / "checkpoints/step_00000012"), "--steps", "2", ranks=1,
                   expect=4)
     assert "is in the anneal phase" in said
+    said = launch("anneal.py", "--from", str(branches["sqrt"]), "--share", "2", ranks=1, expect=2)
+    assert "share=2.0" in said and "Traceback" not in said
 
 
 def test_an_export_loads_in_transformers_and_has_the_validation_loss_that_was_logged(
