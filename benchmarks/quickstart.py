@@ -59,8 +59,8 @@ def shown(report: dict[str, Any], measured: dict[str, Any]) -> str:
         f"{measured['cores']} cores; torch {measured['versions']['torch']}, deepspeed "
         f"{measured['versions']['deepspeed']}; commit {measured['commit'][:10]}; `benchmarks/quickstart.py`; all "
         f"numbers in [docs/quickstart](docs/quickstart/report.md)). Purchases after the test clock, ranked exactly in "
-        f"the full catalogue of each department; items bought before are no candidates. Mean over departments with 95 % "
-        f"bootstrap intervals over households; NLL in nats per item; a random order has HR@10 "
+        f"the full catalogue of each department; items bought before are no candidates. Mean over departments with 95 "
+        f"% bootstrap intervals over households; NLL in nats per item; a random order has HR@10 "
         f"{' and '.join(format(row['chance_hr10'], '.3f') for row in macros)}.", "",
         "| | " + " | ".join(f"{row['name'].split(' (')[0]}: {metric}" for row, metric in asked) + " |",
         "|---|" + "---:|" * len(asked),

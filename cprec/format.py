@@ -300,7 +300,7 @@ class PackedCorpus:
             found = file_hash(self.folder / info.file)
             if found != info.xxh3_128:
                 raise DataError(f"shard {self.folder / info.file} has hash {found}, its manifest says {info.xxh3_128}: "
-                                f"its bytes were altered; prepare the corpus again")
+                                f"its bytes were altered; delete it and run launch/prepare.py again")
 
 
 def row_cost(doc_lens: Sequence[int] | npt.NDArray[np.int32]) -> int:
@@ -353,5 +353,6 @@ def read_queries_manifest(folder: str | os.PathLike[str]) -> QueriesManifest:
     for name, known in manifest.files.items():
         file = Path(folder) / name
         if not file.is_file() or file_hash(file) != known:
-            raise DataError(f"{file} is missing or altered (its hash is not the manifest's); prepare the queries again")
+            raise DataError(f"{file} is missing or altered (its hash is not the manifest's); delete it and run "
+                            f"launch/prepare.py again")
     return manifest

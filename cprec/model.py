@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -99,10 +100,8 @@ def load_for_training(path: str, *, backend: str, dtype: torch.dtype, seq_len: i
     """
     config = _load_config(path, trust_remote_code)
     raise_all(_misfits(config, seq_len=seq_len, vocab_size=vocab_size), of=f"model.path={path!r}")
-    lm = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, attn_implementation=attention.BACKENDS[backend].implementation,
-        trust_remote_code=trust_remote_code,
-    )
+    lm = _load(path, config=config, dtype=dtype, attn_implementation=attention.BACKENDS[backend].implementation,
+               trust_remote_code=trust_remote_code)
     lm.config.use_cache = False  # with a cache, transformers silently stops isolating documents
     _switch_off_dropout(lm)
     if activation_checkpointing:
@@ -115,9 +114,16 @@ def load_for_training(path: str, *, backend: str, dtype: torch.dtype, seq_len: i
 def load_for_inference(path: str, *, attention: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model at `path` in evaluation mode on `device`, under transformers' attention implementation `attention`."""
     config = _load_config(path, trust_remote_code=False)
-    lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation=attention)
+    lm = _load(path, config=config, dtype=dtype, attn_implementation=attention)
     lm.config.use_cache = False
     return lm.to(device).eval()
+
+
+def _load(path: str, **options: Any) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise ConfigError(f"the weights of model {path!r} cannot be loaded: {type(e).__name__}: {e}") from e
 
 
 def _load_config(path: str, trust_remote_code: bool) -> Any:

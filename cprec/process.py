@@ -70,9 +70,15 @@ def only_writer(folder: Path, *, wait_s: float = 60.0) -> Iterator[None]:
     The lock file stands beside the folder, which is not touched. Waits up to `wait_s` seconds for another holder to
     finish, then raises ConfigError naming the folder and its holder.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name a folder")
     path = folder.parent / f".{folder.name}.lock"
-    with path.open("a+") as f:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+")
+    except OSError as e:
+        raise ConfigError(f"cannot write beside {folder}: {e.strerror}; name a folder where you may write") from None
+    with lock as f:
         _wait_for(f.fileno(), path, folder, wait_s)
         f.seek(0)
         f.truncate()

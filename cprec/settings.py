@@ -36,6 +36,8 @@ def load_settings(kind: type[S], path: str | os.PathLike[str], overrides: Sequen
         text = path.read_text(encoding="utf-8")
     except OSError as e:
         raise ConfigError(f"cannot read config {path}: {e.strerror}; give an existing YAML file") from None
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"config {path} is no UTF-8 text: {e}") from None
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as e:

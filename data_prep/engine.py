@@ -42,11 +42,12 @@ class Engine:
 
     def read(self, path: str | Path | Sequence[Path]) -> Table:
         """Rows of one Parquet file, or of several with the same columns."""
-        paths = [str(p) for p in path] if isinstance(path, (list, tuple)) else str(path)
+        paths = [str(p) for p in path] if isinstance(path, (list, tuple)) else [str(path)]
         try:
             return self._con.read_parquet(paths)
         except duckdb.Error as e:
-            raise DataError(f"{path} is not readable Parquet: {e}") from None
+            raise DataError(f"{', '.join(paths)}: not readable as Parquet: {str(e).splitlines()[0]}; replace "
+                            f"the file, or name another") from None
 
     def read_text(self, paths: Sequence[Path], *, delimiter: str, quote: str) -> Table:
         """Rows of delimited text files with a header; every column is text, an empty field is null."""
@@ -191,7 +192,7 @@ def map_items(table: Table, *, item_id: str, title: str, domain: Any, brand: str
 
 MS_FROM = 10**11
 """Time stamps from here on are milliseconds (1973 as ms, the year 5138 as s)."""
-US_FROM = 10**14
+YEAR_2200 = 7_258_118_400_000
 
 
 def _milliseconds(engine: Engine, column: Table, *, unit: str, source: str) -> Table:
@@ -202,10 +203,13 @@ def _milliseconds(engine: Engine, column: Table, *, unit: str, source: str) -> T
     number = column.try_cast("float64")
     # the engine orders NaN above every number: it would be the largest
     number = ibis.ifelse(number.isnan() | number.isinf(), ibis.null("float64"), number)
+    largest = number.max().to_pyarrow().as_py()
+    if largest is None:
+        raise DataError(f"{source}: column {column.get_name()!r} ({column.type()}) holds no number; time stamps are "
+                        f"seconds or milliseconds since 1970, or a timestamp column: convert it")
     if unit == "auto":
-        largest = number.max().to_pyarrow().as_py() or 0
-        if largest >= US_FROM:
-            raise DataError(f"{source}: time stamps up to {largest:.0f} are neither seconds nor milliseconds since "
-                            f"1970; convert the column")
         unit = "ms" if largest >= MS_FROM else "s"
+    if largest * (1000 if unit == "s" else 1) >= YEAR_2200:
+        raise DataError(f"{source}: column {column.get_name()!r} read in {unit} goes to {largest:.0f}, beyond the year "
+                        f"2200; set columns.timestamp_unit to its unit (s or ms), or convert it")
     return (number * (1000 if unit == "s" else 1)).round().cast("int64")

@@ -239,6 +239,8 @@ def _prepare(config: PrepConfig) -> None:
     try:
         stages = preparation.stages()
         finished = finished_stages(preparation, stages)
+        if config.tokenizer.path:
+            _ = preparation.tokenizer_info  # one that cannot be loaded is said now, not after hours of other stages
         preparation.layout.out.mkdir(parents=True, exist_ok=True)
         preparation.layout.stamp("").parent.mkdir(exist_ok=True)
         write_atomically(preparation.layout.out / "config.yaml", dump_settings(config))

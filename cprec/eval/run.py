@@ -110,6 +110,8 @@ def _local_folder(model: str) -> Path:
     """The model's folder; a hub name is fetched once."""
     if Path(model).is_dir():
         return Path(model)
+    if Path(model).is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise ConfigError(f"model {model!r}: there is no such folder; launch/export.py makes one of a checkpoint")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

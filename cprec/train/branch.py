@@ -28,6 +28,10 @@ def find_checkpoint(source: str, *, phase: str | None = None) -> Checkpoint:
     path, _, step = source.partition("@")
     if Path(path).name.startswith("step_") and not step:
         return read_checkpoint(Path(path))
+    if not Path(path).is_dir():
+        raise CheckpointError(f"--from {source}: there is no run folder {path}")
+    if step and not step.isdigit():
+        raise CheckpointError(f"--from {source}: {step!r} after the @ is no step; give a number")
     known = {c.state.step: c for c in list_checkpoints(Path(path))}
     fitting = [s for s, c in known.items() if phase in (None, c.state.phase)]
     wanted = int(step) if step.isdigit() else (fitting[-1] if fitting and not step else None)

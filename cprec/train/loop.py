@@ -65,6 +65,7 @@ def run(config: RunConfig, *, dry_run: bool = False, planned_world_size: int | N
     """What a launch script does with a config: train and return the exit code, or print the plan and start nothing."""
     if dry_run:
         plan = build_plan(config, planned_world_size or dist.world_size())
+        check_run_folder(Path(plan.config.run_dir), plan)
         if dist.rank() == 0:
             print(dump_settings(plan.config))
             print(plan.text())
@@ -155,11 +156,20 @@ def _run(plan: Plan, engine: Engine, dataset: PackedDataset, metrics: MetricsLog
 
 
 def claim_run_folder(run_dir: Path, plan: Plan) -> None:
-    """Write the resolved config and the data's record into the run folder, or check that a run that has checkpoints
-    there is this one.
+    """Check the run folder, then write the resolved config and the data's record into it. Collective."""
+    check_run_folder(run_dir, plan)
+    dist.barrier()
+    if dist.rank() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / DATA, plan.data.model_dump_json(indent=1))
+        write_atomically(run_dir / CONFIG, dump_settings(plan.config))
+    dist.barrier()
 
-    Raises ConfigError listing the fields that differ, or DataError naming the corpora that do; the folder stays as it
-    was. Collective.
+
+def check_run_folder(run_dir: Path, plan: Plan) -> None:
+    """Check that a run that has checkpoints in `run_dir` is this one, on the same data; and so with a branch's parent.
+
+    Raises ConfigError listing the fields that differ, or DataError naming the corpora that do. Writes nothing.
     """
     if any((run_dir / "checkpoints").glob("step_*")):
         theirs = read_run_config(run_dir)
@@ -172,12 +182,6 @@ def claim_run_folder(run_dir: Path, plan: Plan) -> None:
         _check_same_data(run_dir, plan)
     if plan.config.parent:
         _check_same_data(Path(plan.config.parent.run_dir), plan)
-    dist.barrier()
-    if dist.rank() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / DATA, plan.data.model_dump_json(indent=1))
-        write_atomically(run_dir / CONFIG, dump_settings(plan.config))
-    dist.barrier()
 
 
 def _check_same_data(run_dir: Path, plan: Plan) -> None:

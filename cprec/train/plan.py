@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from cprec.config import MixConfig, RunConfig, check_batch
+from cprec.config import MixConfig, RunConfig, check_batch, load_deepspeed_config
 from cprec.data.dataset import check_alike, open_manifests
 from cprec.data.sampler import PERIOD, Phase, Sampler, quotas_of, resolve_mix
 from cprec.errors import ConfigError, DataError, raise_all
@@ -119,6 +119,7 @@ def build_plan(config: RunConfig, world_size: int) -> Plan:
     valid = open_manifests(config.data.packed, "valid") if config.validation.every else {}
     check_alike({**train, **valid}, config.data.packed)
     _check_data(config, {**train, **valid})
+    load_deepspeed_config(config.deepspeed)
     seq_len = next(iter(train.values())).seq_len
     schedule = config.build_schedule(tokens_per_step=config.batch.global_batch_size * seq_len)
     problems = check_batch(config.batch, world_size)

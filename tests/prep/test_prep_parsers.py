@@ -124,6 +124,21 @@ def test_the_unit_of_time_is_the_columns_or_decided_by_the_largest(
     assert sorted(events["ts_ms"].to_pylist()) == ts_ms
 
 
+@pytest.mark.parametrize(("unit", "stamps", "message"), [
+    ("s", [1_500_000_000_000, 5], r"'timestamp' read in s goes to 1500000000000, beyond the year 2200; set .*unit"),
+    ("auto", [1_500_000_000_000_000, 5], "read in ms goes to 1500000000000000, beyond"),  # microseconds
+    ("auto", ["2017-01-01", "2017-01-02"], r"'timestamp' \(string\) holds no number"),
+])
+def test_times_that_cannot_be_right_are_refused_and_name_the_column(
+        tmp_path: Path, unit: str, stamps: list[Any], message: str) -> None:
+    table = pa.table({"user_id": ["a", "b"], "item_id": ["x", "x"], "timestamp": stamps})
+    pq.write_table(table, tmp_path / "e.parquet")
+    pq.write_table(pa.table({"item_id": ["x"], "title": ["X"]}), tmp_path / "i.parquet")
+    with pytest.raises(DataError, match=message):
+        parse(tmp_path, parser="tabular", domain="d", path=str(tmp_path / "e.parquet"),
+              items=str(tmp_path / "i.parquet"), columns={"timestamp_unit": unit})
+
+
 @pytest.mark.parametrize(("stamps", "ts_ms"), [
     ([1.5e12, 5.0], [5, 1_500_000_000_000]),
     ([1.5e9, 5.0], [5_000, 1_500_000_000_000]),
@@ -174,7 +189,7 @@ def test_a_source_that_is_not_there_is_one_clear_error(tmp_path: Path, values: d
 def test_a_broken_file_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "e.parquet").write_text("not Parquet")
     pq.write_table(pa.table({"item_id": ["x"], "title": ["X"]}), tmp_path / "i.parquet")
-    with pytest.raises(DataError, match=r"e\.parquet.* is not readable Parquet"):
+    with pytest.raises(DataError, match=r"e\.parquet: not readable as Parquet: .*; replace the file"):
         parse(tmp_path, parser="tabular", domain="d", path=str(tmp_path / "e.parquet"),
               items=str(tmp_path / "i.parquet"))
 
