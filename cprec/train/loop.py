@@ -47,10 +47,10 @@ from cprec.train.metrics import MetricsLog, TrainRecord, ValidationRecord, memor
 from cprec.train.plan import DATA, DataRecord, Plan, build_plan
 
 log = get_logger(__name__)
-FREE_TO_CHANGE = ("checkpoint", "validation", "log_every", "max_bad_steps", "data.packed", "data.verify",
+FREE_TO_CHANGE = ("run_dir", "checkpoint", "validation", "log_every", "max_bad_steps", "data.packed", "data.verify",
                   "batch.micro_batch_size", "model.attention", "model.activation_checkpointing")
 """Fields that may differ when a run goes on: they change what is written or how it is computed, not what is trained.
-The data may have moved: that they are the same is checked by what is in them."""
+The run folder and the data may have moved: that they are the same is checked by what is in them."""
 
 
 @dataclass
