@@ -12,7 +12,9 @@ import ibis
 
 from cprec.errors import DataError
 from data_prep.config import Dataset
-from data_prep.engine import Engine, Table, labelled, locate, need_columns
+from data_prep.engine import Engine, Table
+from data_prep.mapping import need_columns
+from data_prep.sources import labelled, locate
 
 TRANSACTIONS = "transactions.parquet"
 PRODUCTS = "products.parquet"

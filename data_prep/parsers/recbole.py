@@ -10,7 +10,9 @@ from pathlib import Path
 
 from cprec.errors import DataError
 from data_prep.config import Dataset
-from data_prep.engine import Engine, Table, labelled, locate, map_interactions, map_items, need_columns
+from data_prep.engine import Engine, Table
+from data_prep.mapping import map_interactions, map_items, need_columns
+from data_prep.sources import labelled, locate
 
 TITLE_NAMES = ("movie_title", "title", "name", "item_name")
 
@@ -38,7 +40,7 @@ def parse(engine: Engine, dataset: Dataset) -> tuple[Table, Table]:
     need_columns(events, wanted, source=str(inter))
     need_columns(items, {"item_id": wanted["item_id"], "title": title}, source=str(item))
     return (
-        map_interactions(engine, events, wanted, unit=columns.timestamp_unit, source=str(inter), domain=domain,
+        map_interactions(events, wanted, unit=columns.timestamp_unit, source=str(inter), domain=domain,
                          domain_column=None, rating=columns.rating),
         map_items(items, item_id=wanted["item_id"], title=title, domain=domain, brand=columns.brand,
                   category=columns.category),

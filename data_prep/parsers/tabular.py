@@ -9,7 +9,9 @@ from pathlib import Path
 
 from cprec.errors import DataError
 from data_prep.config import Dataset
-from data_prep.engine import Engine, Table, files_of, labelled, map_interactions, map_items, need_columns
+from data_prep.engine import Engine, Table
+from data_prep.mapping import map_interactions, map_items, need_columns
+from data_prep.sources import files_of, labelled
 
 PARQUET = (".parquet", ".pq")
 CSV = (".csv", ".tsv")
@@ -39,7 +41,7 @@ def parse(engine: Engine, dataset: Dataset) -> tuple[Table, Table]:
     need_columns(items, {"item_id": wanted["item_id"], "title": title} | shop
                  | {meaning: name for meaning, name in optional.items() if name}, source=dataset.items)
     return (
-        map_interactions(engine, events, wanted, unit=columns.timestamp_unit, source=dataset.path,
+        map_interactions(events, wanted, unit=columns.timestamp_unit, source=dataset.path,
                          domain=dataset.domain, domain_column=columns.domain, rating=columns.rating),
         map_items(items, item_id=wanted["item_id"], title=title, domain=dataset.domain or items[columns.domain],
                   brand=columns.brand, category=columns.category),

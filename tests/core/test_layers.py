@@ -13,7 +13,8 @@ FLOORS = [
     "cprec.format cprec.schedule cprec.dist cprec.attention cprec.loss cprec.settings cprec.tokenizer cprec.process "
     "data_prep.ragged",
     "data_prep.records",
-    "cprec.cli cprec.config cprec.data.sampler cprec.data.collate data_prep.config data_prep.engine data_prep.workers",
+    "cprec.cli cprec.config cprec.data.sampler cprec.data.collate data_prep.config data_prep.engine data_prep.workers "
+    "data_prep.sources data_prep.mapping",
     "cprec.data.dataset cprec.model cprec.base cprec.train.metrics cprec.eval.queries cprec.eval.trie "
     "cprec.eval.metrics cprec.eval.stats cprec.eval.results cprec.eval.tree_attention data_prep.clean "
     "data_prep.split data_prep.sequences data_prep.templates data_prep.encode data_prep.pack data_prep.vocabulary "

@@ -16,9 +16,9 @@ import shops
 from cprec.errors import DataError
 from cprec.settings import parse_settings
 from data_prep.config import Dataset
-from data_prep.engine import locate
 from data_prep.parsers.registry import PARSERS
 from data_prep.records import INTERACTIONS, ITEMS, PARSER_NAMES, TEMPLATE_NAMES
+from data_prep.sources import locate
 from data_prep.templates import TEMPLATES
 
 
