@@ -48,10 +48,13 @@ EXIT_REQUEUE = 75
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause for an error message: the nearest known names, or all of them when none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3)
-    if near:
-        return f"did you mean {' or '.join(repr(n) for n in near)}?"
-    return f"known: {', '.join(known)}" if known else "none is known"
+    return nearest(name, known) or (f"known: {', '.join(known)}" if known else "none is known")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did_you_mean`, but empty when no known name is near: for a message that lists them all anyway."""
+    near = difflib.get_close_matches(name, sorted(known), n=3)
+    return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 
 def raise_all(problems: list[str], *, of: str, error: type[CPRecError] = ConfigError) -> None:

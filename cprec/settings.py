@@ -106,6 +106,8 @@ def _describe(kind: type[BaseModel], problem: dict[str, Any]) -> str:
 def _keys_at(kind: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
     """Field names of the block that `loc` leads to, as far as the annotations say."""
     for name in loc:
+        if isinstance(name, int):  # place in a list, whose blocks are all of one kind
+            continue
         field = kind.model_fields.get(str(name))
         blocks = _blocks_of(field.annotation) if field else []
         if not blocks:

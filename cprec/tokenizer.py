@@ -17,6 +17,8 @@ from cprec.errors import DataError
 
 PROBE = "Title: A-1 (2.5 oz), 10% off!\n naïve café 東京 🙂\n</s><|endoftext|>  two  spaces\n"
 """Encoded into the fingerprint, so that two tokenizers with one vocabulary but other rules differ."""
+TRAINED = "trained"
+"""The name of a tokenizer that its preparation trained: the folder `tokenizer` beside `packed`."""
 
 _HUB_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
 

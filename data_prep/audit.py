@@ -64,6 +64,8 @@ class Auditor:
     leaking_items: frozenset[int]
     """Items of the catalogue that no training corpus may hold: of an unseen domain, with the title of one, or, where
     ids are shared, with the id of one."""
+    n_unlisted: int
+    """Items of pre-training domains with a title of an unseen domain that `duplicates.parquet` does not list."""
 
 
 def audit(engine: Engine, layout: Layout, config: PrepConfig, *, split: Split, tokenizer: str) -> Counts:
@@ -103,7 +105,14 @@ def _auditor(engine: Engine, layout: Layout, config: PrepConfig, split: Split, t
                        or title_key(row["title"]) in unseen_keys)
     lines = pq.read_table(layout.catalogue, columns=["line"])["line"]
     return Auditor(engine, layout, config, split, cached_tokenizer(tokenizer), lines, frozenset(unseen_keys),
-                   frozenset(leaking))
+                   frozenset(leaking), _count_unlisted(engine, layout, config))
+
+
+def _count_unlisted(engine: Engine, layout: Layout, config: PrepConfig) -> int:
+    titled, listed = engine.read(layout.titled_items), engine.read(layout.duplicates)
+    of_unseen = titled.filter(titled.domain.isin(config.domains.unseen)).select("title_key").distinct()
+    shared = titled.filter(titled.domain.isin(config.domains.pretrain)).semi_join(of_unseen, "title_key")
+    return engine.count(shared.anti_join(listed, ["title_key", "domain", "item_id"]))
 
 
 def _audit_corpus(auditor: Auditor, corpus: PackedCorpus) -> Audit:
@@ -161,6 +170,8 @@ def _check_items(auditor: Auditor, events: Table, findings: Findings) -> None:
     findings.add("no unseen item or title", len(items & auditor.leaking_items),
                  f"{len(items):,} items are of an unseen domain or have a title of its {len(auditor.unseen_keys):,}"
                  f"{or_id}")
+    findings.add("titles shared with an unseen domain are listed", auditor.n_unlisted,
+                 "the items of pre-training domains with such a title are missing in duplicates.parquet")
 
 
 def _check_users(auditor: Auditor, events: Table, findings: Findings) -> None:

@@ -8,6 +8,8 @@ cleaning), `items/mapping.parquet` (which item stands for which, and why one was
 from __future__ import annotations
 
 import html
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,30 +34,65 @@ NO_TITLE = "its item has no title"
 IN_UNSEEN = "its title is in an unseen domain's catalogue"
 ID_IN_UNSEEN = "its id is in an unseen domain's catalogue"
 _CONTROL = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), " ")
+_TAG = re.compile(
+    r"</?(?:a|b|big|br|center|div|em|font|form|h[1-6]|hr|i|img|input|li|link|meta|noscript|ol|p|script|small|span|"
+    r"strong|style|sub|sup|table|tbody|td|th|tr|u|ul)(?:\s*/?>|[\s/][^<>]*(?:>|$))", re.IGNORECASE)
+"""Tags of HTML that occur in scraped titles; `</s>` or `<|im_start|>` is none of them: such titles are text."""
+_HIDDEN = re.compile(r"<(script|style)\b.*?(?:</\1\s*>|$)", re.IGNORECASE | re.DOTALL)
+"""What a page does not show, with its content."""
+_CODE = re.compile(r"getTime\(\)|function ?\([\w, ]*\) ?\{|document\.(?:getElement|write|cookie)|\bvar [\w$]+ ?=")
+"""Marks of the page code that some titles of Amazon 2018 consist of."""
+
+ENTITIES = "HTML entities resolved"
+CONTROL = "control characters taken for spaces"
+TAGS = "HTML tags removed"
+CODE = "page code instead of a title, taken as missing"
+SPACES = "white space made single spaces"
+CUT = "cut"
 
 
 @dataclass(frozen=True)
 class Title:
-    """A cleaned title, and whether it had to be cut."""
+    """A cleaned title, and what was done to it, of the constants above."""
 
     text: str
-    is_cut: bool
+    repairs: frozenset[str] = frozenset()
 
 
 def clean_title(title: str, *, max_chars: int) -> Title | None:
-    """The title on one line: HTML entities resolved, every run of white space and control characters one space.
+    """The title on one line: HTML tags removed, then entities resolved, once, so that what they spell is text; every
+    run of white space and control characters one space.
 
     Longer than `max_chars`, it is cut at the last word border before (inside the word where it has none).
-    None when nothing is left.
+    None when nothing is left, or when it is code of a web page.
     """
-    text = " ".join(html.unescape(title).translate(_CONTROL).split())
-    if not text:
+    if is_page_code(title):
         return None
-    if len(text) <= max_chars:
-        return Title(text, is_cut=False)
-    head = text[:max_chars + 1]
-    border = head.rfind(" ")
-    return Title(head[:border] if border > 0 else head[:max_chars], is_cut=True)
+    repairs: set[str] = set()
+    text = title
+    if "<" in text and (shown := _TAG.sub(" ", _HIDDEN.sub(" ", text))) != text:
+        text = shown
+        repairs.add(TAGS)
+    if "&" in text and (resolved := html.unescape(text)) != text:
+        text = resolved
+        repairs.add(ENTITIES)
+    if not text.isprintable() and (plain := text.translate(_CONTROL)) != text:
+        text = plain
+        repairs.add(CONTROL)
+    single = " ".join(text.split())
+    if single != text and not repairs:
+        repairs.add(SPACES)
+    if len(single) > max_chars:
+        head = single[:max_chars + 1]
+        border = head.rfind(" ")
+        single = head[:border] if border > 0 else head[:max_chars]
+        repairs.add(CUT)
+    return Title(single, frozenset(repairs)) if single else None
+
+
+def is_page_code(title: str) -> bool:
+    """Whether the title is a script that a scraper took for one, as some of Amazon 2018 are."""
+    return _CODE.search(_HIDDEN.sub(" ", title) if "<" in title else title) is not None
 
 
 def clean(engine: Engine, layout: Layout, settings: CleanSettings, *, corpora: Corpora, seed: int) -> Counts:
@@ -98,24 +135,24 @@ def _mapping(layout: Layout) -> Path:
 
 
 def _clean_titles(layout: Layout, settings: CleanSettings, counts: Counts) -> None:
-    n_cut = n_changed = 0
+    repairs: Counter[str] = Counter()
 
     def titled() -> Iterator[pa.RecordBatch]:
-        nonlocal n_cut, n_changed
         for batch in pq.ParquetFile(layout.raw_items).iter_batches():
             raw = batch["title"].to_pylist()
             cleaned = [None if t is None else clean_title(t, max_chars=settings.max_title_chars) for t in raw]
-            n_cut += sum(t.is_cut for t in cleaned if t)
-            n_changed += sum(t.text != r for t, r in zip(cleaned, raw, strict=True) if t and not t.is_cut)
-            titles = pa.array([t.text if t else None for t in cleaned], pa.string())
-            keys = pa.array([title_key(t.text) if t else None for t in cleaned], pa.string())
-            batch = batch.set_column(batch.schema.get_field_index("title"), "title", titles)
+            repairs.update(r for t in cleaned if t for r in t.repairs)
+            repairs[CODE] += sum(is_page_code(r) for r, t in zip(raw, cleaned, strict=True) if r and not t)
+            texts = [t.text if t else None for t in cleaned]
+            keys = pa.array([None if t is None else title_key(t) for t in texts], pa.string())
+            batch = batch.set_column(batch.schema.get_field_index("title"), "title", pa.array(texts, pa.string()))
             yield batch.append_column("title_key", keys).select(TITLED_ITEMS.names)
 
     n_items = write_parquet(titled(), layout.titled_items, schema=TITLED_ITEMS)
     counts.add("items read", n_items)
-    counts.add("titles changed by unescaping or white space", n_changed)
-    counts.add(f"titles cut to {settings.max_title_chars} characters", n_cut)
+    for repair in (TAGS, CODE, ENTITIES, CONTROL, SPACES):
+        counts.add(f"titles: {repair}", repairs[repair])
+    counts.add(f"titles: cut to {settings.max_title_chars} characters", repairs[CUT])
 
 
 def _one_row_each(items: Table) -> Table:
@@ -150,6 +187,11 @@ def _map_items(engine: Engine, layout: Layout, settings: CleanSettings, corpora:
     n_items = engine.write(items.mutate(stands_for=stands_for), _mapping(layout), schema=MAPPING,
                            order_by=["domain", "item_id"])
     counts.add("item rows repeated in the source", n_chosen - n_items)
+    titles = chosen.filter(chosen.title.notnull()).group_by(["domain", "item_id"]).agg(n=chosen.title.nunique())
+    counts.add("items with several titles, the first in code point order kept",
+               engine.count(titles.filter(titles.n > 1)))
+    shops = chosen.group_by("item_id").agg(n=chosen.domain.nunique())
+    counts.add("item ids listed in several domains", engine.count(shops.filter(shops.n > 1)))
     mapping = engine.read(_mapping(layout))
     if settings.untitled_items == "error":
         _refuse_untitled(engine, mapping)
@@ -167,7 +209,8 @@ def _refuse_untitled(engine: Engine, mapping: Table) -> None:
     if n:
         first = engine.rows(untitled.order_by(["domain", "item_id"]).select("domain", "item_id").limit(3))
         named = ", ".join(f"{row['item_id']} of {row['domain']}" for row in first)
-        raise DataError(f"{n} items have no title: {named}{', ...' if n > len(first) else ''}; give them one in the "
+        raise DataError(f"{n} {'item has' if n == 1 else 'items have'} no title: {named}"
+                        f"{', ...' if n > len(first) else ''}; give them one in the "
                         f"source, or set clean.untitled_items=drop to leave them and their events out, counted")
 
 

@@ -44,13 +44,18 @@ class Columns(Settings):
 
 
 class Dataset(Settings):
-    """One source: `path` is a file, a folder of files, or `package:<distribution>/<path inside it>`."""
+    """One source. `path` and `items` are a file, a folder of files, a glob, a URL of these (`s3://`, `gs://`, `hf://`
+    and whatever else fsspec knows), or `package:<distribution>/<path inside it>`; `.gz` and `.zst` are unpacked."""
 
     parser: str
     path: str
     items: str | None = None
     domain: str | None = None
     columns: Columns = Columns()
+    layout: Literal["auto", "user_item", "item_user"] = "auto"
+    """Of Amazon's ratings without a header: user,item,rating,time (2014) or item,user,rating,time (2018)."""
+    encoding: str | None = None
+    """Of delimited text, e.g. cp1252; null: UTF-8."""
 
     @field_validator("parser")
     @classmethod
@@ -63,6 +68,46 @@ class Dataset(Settings):
     @classmethod
     def _null_means_defaults(cls, value: Any) -> Any:
         return {} if value is None else value
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str | None) -> str | None:
+        try:
+            ends_lines = value is None or "\n".encode(value) == b"\n"
+        except LookupError:
+            ends_lines = False
+        if not ends_lines:
+            raise ValueError("no encoding in which a line ends as in ASCII; e.g. utf-8, latin-1, cp1252, gb18030")
+        return value
+
+
+    @model_validator(mode="after")
+    def _only_what_the_parser_heeds(self) -> Dataset:
+        if self.layout != "auto" and self.parser != "amazon":
+            raise ValueError(f"layout={self.layout} is of parser amazon only; remove it")
+        if self.encoding is not None and self.parser not in ("recbole", "tabular"):
+            raise ValueError(f"encoding={self.encoding} cannot be set, parser {self.parser} knows its own; remove it")
+        given = sorted(self.columns.model_dump(exclude_defaults=True).keys() - {"timestamp_unit"})
+        if given and self.parser in ("complete_journey", "movielens"):
+            raise ValueError(f"columns.{given[0]} cannot be set, parser {self.parser} knows its files; remove it, or "
+                             f"use parser: tabular")
+        return self
+
+
+class IngestSettings(Settings):
+    """Rules of stage 1."""
+
+    max_malformed: float = Field(default=0.001, ge=0, le=1)
+    """Share of a source file's lines that may be malformed: these are set aside, counted and quoted in the report."""
+
+
+class Replay(Settings):
+    """Plain text against forgetting: JSON lines or Parquet at `path` (as a dataset's), packed as `replay/<name>`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
+    path: str
+    text: str = "text"
+    """Name of the column or field that holds the documents."""
 
 
 class Domains(Settings):
@@ -121,17 +166,35 @@ class SplitSettings(Settings):
 
 
 class SequenceSettings(Settings):
-    """Lengths of histories in items; a longer history is cut into windows of nearly equal length."""
+    """Which events of a user become histories, and how long these are. `min_rating`, `repeats` and `max_events` choose
+    what is learned from: they leave validation corpora and ranking queries as they are. Applied in the order of the
+    fields, after the k-core; see `data_prep.sequences.mark_events`."""
 
+    min_rating: float | None = Field(default=None, allow_inf_nan=False)
+    """Events rated below are left out; an event without a rating stays."""
+    session_gap_s: int | None = Field(default=None, ge=1)
+    """A new history starts where a user paused for longer; null: a user's events are one history."""
+    repeats: Literal["keep", "consecutive", "first"] = "keep"
+    """Of an item that comes more than once in a history, keep: every time; the first of each run; the first time."""
+    max_events: int | None = Field(default=None, ge=1)
+    """At most so many events of a user per corpus; null: all."""
+    max_events_by: Literal["latest", "draw"] = "latest"
+    """Which these are: the latest, or drawn in favour of the latest, so that old ones are represented too."""
+    mixed_min_domains: Positive = 2
     min_items: Positive = 2
     max_items: Positive = 50
-    mixed_min_domains: Positive = 2
+    """A longer history is cut into windows of nearly equal length."""
 
     @model_validator(mode="after")
     def _in_order(self) -> SequenceSettings:
         if self.max_items < 2 * self.min_items - 1:
             raise ValueError(f"max_items={self.max_items} is too small for min_items={self.min_items}: windows of a "
                              f"long history could fall below the minimum; use at least {2 * self.min_items - 1}")
+        if self.max_events is not None and self.max_events < self.min_items:
+            raise ValueError(f"max_events={self.max_events} is below min_items={self.min_items}: every history would "
+                             f"be dropped; raise one or lower the other")
+        if self.max_events is None and self.max_events_by == "draw":
+            raise ValueError("max_events_by=draw says which events max_events keeps, but that is null; set max_events")
         return self
 
 
@@ -176,6 +239,8 @@ class PrepConfig(Settings):
     engine: EngineSettings = EngineSettings()
     workers: Positive = Field(default_factory=lambda: min(os.cpu_count() or 1, 8))
     datasets: Annotated[list[Dataset], Field(min_length=1)]
+    replay: list[Replay] = Field(default_factory=list)
+    ingest: IngestSettings = IngestSettings()
     domains: Domains
     clean: CleanSettings = CleanSettings()
     split: SplitSettings = SplitSettings()
@@ -191,6 +256,14 @@ class PrepConfig(Settings):
     def _known_template(cls, value: str) -> str:
         if value not in TEMPLATE_NAMES:
             raise ValueError(f"no such template; {did_you_mean(value, TEMPLATE_NAMES)}")
+        return value
+
+    @field_validator("replay")
+    @classmethod
+    def _each_replay_once(cls, value: list[Replay]) -> list[Replay]:
+        twice = sorted(name for name, n in Counter(r.name for r in value).items() if n > 1)
+        if twice:
+            raise ValueError(f"{', '.join(twice)} named more than once; give each its own name")
         return value
 
     @model_validator(mode="after")

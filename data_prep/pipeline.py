@@ -16,20 +16,23 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from cprec.errors import DataError, did_you_mean, raise_all
-from cprec.format import MANIFEST, Template, TokenizerInfo, file_hash, list_corpora, read_manifest, write_atomically
+from cprec.errors import DataError
+from cprec.format import MANIFEST, Template, TokenizerInfo, list_corpora, read_manifest, write_atomically
 from cprec.log import get_logger
 from cprec.process import only_writer
 from cprec.settings import dump_settings
+from cprec.tokenizer import TRAINED
 from data_prep.audit import audit
 from data_prep.clean import clean, k_core
 from data_prep.config import PrepConfig
+from data_prep.duplicates import write_duplicates
 from data_prep.encode import encode_catalogue, prove, tokenizer_info
-from data_prep.engine import Engine, Table
+from data_prep.engine import Engine
+from data_prep.ingest import Staging, ingest, plan_staging
 from data_prep.pack import Corpus, pack_corpus
-from data_prep.parsers.registry import PARSERS
 from data_prep.queries import write_queries
-from data_prep.records import INTERACTIONS, ITEMS, Counts, Layout, Split, Stamp, digest, write_report
+from data_prep.records import Counts, Layout, Split, Stamp, digest
+from data_prep.report import write_report
 from data_prep.sequences import write_catalogue, write_histories
 from data_prep.split import read_split, split, write_split
 from data_prep.templates import TEMPLATES
@@ -38,8 +41,6 @@ from data_prep.workers import Workers
 
 log = get_logger(__name__)
 
-TRAINED = "trained"
-"""What manifests call a tokenizer that was trained here."""
 FEW_COUNTS = 30
 """A stage with more counts than this says them in report.md only."""
 
@@ -65,21 +66,13 @@ class Preparation:
         self.template: Template = TEMPLATES[config.template]
 
     @cached_property
-    def sources(self) -> dict[str, Path]:
-        """Every file that the datasets are made of. Raises one DataError naming all datasets that lack one."""
-        problems: list[str] = []
-        found: dict[str, Path] = {}
-        for dataset in self.config.datasets:
-            try:
-                found |= PARSERS[dataset.parser].sources(dataset)
-            except DataError as e:
-                problems.append(str(e))
-        raise_all(problems, of="datasets", error=DataError)
-        return found
+    def staging(self) -> Staging:
+        """Where every source file is staged. Raises one DataError naming all datasets that lack a file."""
+        return plan_staging(self.config, self.layout.staged)
 
     @cached_property
     def source_hashes(self) -> dict[str, str]:
-        return {label: file_hash(path) for label, path in self.sources.items()}
+        return self.staging.source_hashes()
 
     @cached_property
     def engine(self) -> Engine:
@@ -125,11 +118,12 @@ class Preparation:
         vocabulary = [Stage("vocabulary", ("sequences",), {"train_vocab_size": c.tokenizer.train_vocab_size},
                             self._vocabulary, lambda: sorted(at.tokenizer.iterdir()))] if trains else []
         return [
-            Stage("ingest", (), {"datasets": [d.model_dump(mode="json") for d in c.datasets]},
-                  self._ingest, lambda: [at.raw_interactions, at.raw_items]),
+            Stage("ingest", (), {"datasets": [d.model_dump(mode="json") for d in c.datasets],
+                                 "replay": [r.model_dump(mode="json") for r in c.replay]},
+                  self._ingest, lambda: [at.raw_interactions, at.raw_items, *self.staging.outputs]),
             Stage("clean", ("ingest",), {"seed": c.seed, "domains": domains, "clean": {
                 k: v for k, v in c.clean.model_dump(mode="json").items() if k not in minima}},
-                  self._clean, lambda: [at.titled_items, at.items, at.interactions]),
+                  self._clean, lambda: [at.titled_items, at.duplicates, at.items, at.interactions]),
             Stage("split", ("clean",), {"split": c.split.model_dump(mode="json"), "regime": c.regime, "clean": minima},
                   self._split, lambda: [at.split, at.holdout, at.train]),
             Stage("sequences", ("split",), {"sequences": c.sequences.model_dump(mode="json"),
@@ -147,27 +141,14 @@ class Preparation:
         ]
 
     def _ingest(self) -> Counts:
-        parsed = [PARSERS[d.parser].parse(self.engine, d) for d in self.config.datasets]
-        interactions = self.engine.union([p[0] for p in parsed])
-        items = self.engine.union([p[1] for p in parsed])
-        self._require_domains(interactions, items)
-        counts = Counts("ingest")
-        counts.add("events", self.engine.write(interactions, self.layout.raw_interactions, schema=INTERACTIONS,
-                                               order_by=["user_id", "ts_ms", "domain", "item_id", "rating"]))
-        counts.add("items", self.engine.write(items, self.layout.raw_items, schema=ITEMS, order_by=ITEMS.names))
-        return counts
-
-    def _require_domains(self, interactions: Table, items: Table) -> None:
-        """Raise one DataError naming every configured domain without events, or without items."""
-        problems: list[str] = []
-        for what, table in (("events", interactions), ("items", items)):
-            found = {row["domain"] for row in self.engine.rows(table.select("domain").distinct())} - {None}
-            problems += [f"domain {d!r}: no dataset has {what} of it; {did_you_mean(d, found)}"
-                         for d in (*self.corpora.pretrain, *self.corpora.unseen) if d not in found]
-        raise_all(problems, of="domains", error=DataError)
+        ingested = ingest(self.engine, self.layout, self.config, self.staging, self.workers)
+        self.source_hashes = ingested.source_hashes
+        return ingested.counts
 
     def _clean(self) -> Counts:
-        return clean(self.engine, self.layout, self.config.clean, corpora=self.corpora, seed=self.config.seed)
+        counts = clean(self.engine, self.layout, self.config.clean, corpora=self.corpora, seed=self.config.seed)
+        write_duplicates(self.engine, self.layout, corpora=self.corpora, counts=counts)
+        return counts
 
     def _split(self) -> Counts:
         counts = Counts("split")
@@ -244,16 +225,24 @@ def _prepare(config: PrepConfig) -> None:
         preparation.layout.out.mkdir(parents=True, exist_ok=True)
         preparation.layout.stamp("").parent.mkdir(exist_ok=True)
         write_atomically(preparation.layout.out / "config.yaml", dump_settings(config))
-        for stage in stages:
-            if stage.name in finished:
-                log.info("stage %s: finished earlier, kept", stage.name)
-            else:
-                finished[stage.name] = _run(preparation, stage, finished)
-        write_report(preparation.layout.out, finished)
+        try:
+            for stage in stages:
+                if stage.name in finished:
+                    log.info("stage %s: finished earlier, kept", stage.name)
+                else:
+                    finished[stage.name] = _run(preparation, stage, finished)
+        except DataError:  # what stops a stage is often understood by what the ones before it dropped
+            _report(preparation, finished)
+            raise
+        _report(preparation, finished)
     finally:
         preparation.close()
     for line in summary(preparation.layout, finished):
         log.info("%s", line)
+
+
+def _report(preparation: Preparation, finished: dict[str, Stamp]) -> None:
+    write_report(preparation.engine, preparation.layout, corpora=preparation.corpora, stamps=finished)
 
 
 def finished_stages(preparation: Preparation, stages: Sequence[Stage]) -> dict[str, Stamp]:
@@ -262,7 +251,7 @@ def finished_stages(preparation: Preparation, stages: Sequence[Stage]) -> dict[s
     Raises DataError when the folder holds something else, or the work of another config or of other sources.
     """
     layout = preparation.layout
-    _ = preparation.sources  # a missing one is said before anything else happens
+    _ = preparation.staging  # a missing one is said before anything else happens
     if layout.out.is_dir() and any(layout.out.iterdir()) and not layout.stamp("").parent.is_dir():
         raise DataError(f"out={layout.out} is not empty and is no prepared folder; give another out")
     finished: dict[str, Stamp] = {}

@@ -1,6 +1,6 @@
 """The one schema of interactions and items, the names of stages and files, and what a stage has to report.
 
-reads: nothing. writes: `report.json` and `report.md` (through `write_report`), stage stamps. Costs nothing.
+reads: nothing. writes: nothing. Costs nothing.
 """
 
 from __future__ import annotations
@@ -8,15 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
-
-from cprec.format import write_atomically
 
 INTERACTIONS = pa.schema([
     ("user_id", pa.string()),
@@ -37,7 +34,7 @@ ITEMS = pa.schema([
 ])
 
 STAGES = ("ingest", "clean", "split", "sequences", "vocabulary", "encode", "pack", "queries", "audit")
-PARSER_NAMES = ("complete_journey", "recbole", "tabular")
+PARSER_NAMES = ("amazon", "complete_journey", "movielens", "recbole", "tabular")
 """What a config may call a parser; `data_prep.parsers.registry` holds one for each."""
 TEMPLATE_NAMES = ("cprec",)
 """What a config may call a template; `data_prep.templates` holds one for each."""
@@ -81,6 +78,10 @@ class Layout:
         return self.out / "stages" / f"{stage}.json"
 
     @property
+    def staged(self) -> Path:
+        return self.out / "staged"
+
+    @property
     def raw_interactions(self) -> Path:
         return self.out / "interactions" / "ingested.parquet"
 
@@ -91,6 +92,10 @@ class Layout:
     @property
     def titled_items(self) -> Path:
         return self.out / "items" / "titled.parquet"
+
+    @property
+    def duplicates(self) -> Path:
+        return self.out / "duplicates.parquet"
 
     @property
     def interactions(self) -> Path:
@@ -186,19 +191,3 @@ def title_key(title: str) -> str:
 def digest(value: Any) -> str:
     """Sha256 of a JSON-able value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-def write_report(out: Path, stamps: Mapping[str, Stamp]) -> None:
-    """Write every finished stage's counts as `report.json` and as a table, `report.md`."""
-    counts = {stage: stamps[stage].counts for stage in STAGES if stage in stamps}
-    write_atomically(out / "report.json", json.dumps(counts, indent=1, ensure_ascii=False))
-    write_atomically(out / "report.md", "\n".join(_report_lines(counts)) + "\n")
-
-
-def _report_lines(counts: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    yield "# What each stage read, kept and dropped\n"
-    yield "| stage | what | n |"
-    yield "|---|---|---:|"
-    for stage, reasons in counts.items():
-        for reason, n in reasons.items():
-            yield f"| {stage} | {reason} | {n:,} |"

@@ -7,9 +7,11 @@ reads: `interactions/{clean,train}.parquet`, `items/clean.parquet`, `split.json`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ibis
+import numpy as np
 import pyarrow as pa
 
 from cprec.errors import DataError
@@ -67,16 +69,18 @@ def write_histories(engine: Engine, layout: Layout, settings: SequenceSettings, 
     """Write every corpus' histories. Raises DataError for a pre-training domain without any."""
     catalogue = engine.read(layout.catalogue).select("domain", "item_id", "item")
     train = engine.read(layout.train).inner_join(catalogue, ["domain", "item_id"])
+    if settings.min_rating is not None and not engine.count(train.filter(train.rating.notnull())):
+        raise DataError(f"sequences.min_rating={settings.min_rating}, but no training event has a rating; name the "
+                        f"datasets' columns.rating, or set min_rating to null")
     clean = engine.read(layout.interactions)
     valid = clean.filter((clean.ts_ms >= split.t_valid) & (clean.ts_ms < split.t_test)).inner_join(
         catalogue, ["domain", "item_id"])
     for corpus in corpora.all:
         kind, _, domain = corpus.partition("/")
-        if corpus == "mixed":
-            events = _of_many_domains(train, settings.mixed_min_domains)
-        else:
-            events = (train if kind == "specific" else valid).filter(ibis._.domain == domain)
-        n_histories = _write_corpus(engine, layout, settings, events, corpus, counts)
+        of_domain = (valid if kind == "valid" else train).filter(ibis._.domain == domain) if domain else train
+        marked = mark_events(of_domain, settings, is_train=kind != "valid",
+                             min_domains=settings.mixed_min_domains if corpus == "mixed" else 1)
+        n_histories = _write_corpus(engine, layout, settings, marked, corpus, counts)
         if n_histories == 0 and kind == "specific":
             raise DataError(f"domain {domain!r} has no training history of {settings.min_items} or more items; take it "
                             f"out of domains.pretrain, lower sequences.min_items or move the clock (see report.md)")
@@ -84,24 +88,110 @@ def write_histories(engine: Engine, layout: Layout, settings: SequenceSettings, 
             log.warning("corpus %s has no history of %d or more items and is left out", corpus, settings.min_items)
 
 
-def _of_many_domains(train: Table, min_domains: int) -> Table:
-    per_user = train.group_by("user_id").agg(n_domains=train.domain.nunique())
-    return train.semi_join(per_user.filter(per_user.n_domains >= min_domains), "user_id")
+@dataclass(frozen=True)
+class Marked:
+    """Events with `session`, which of its user's histories each is in, and `dropped`, why no history holds it (empty
+    for what stays); and every reason that was looked for, whether it was met or not."""
+
+    events: Table
+    reasons: tuple[str, ...] = ()
+
+    def drop(self, condition: Any, reason: str) -> Marked:
+        """With `reason` on every event that stayed so far and meets the condition."""
+        is_dropped = (self.events.dropped == "") & condition.fill_null(False)
+        return Marked(self.events.mutate(dropped=ibis.ifelse(is_dropped, reason, self.events.dropped)),
+                      (*self.reasons, reason))
 
 
-def _write_corpus(engine: Engine, layout: Layout, settings: SequenceSettings, events: Table, corpus: str,
+def mark_events(events: Table, settings: SequenceSettings, *, is_train: bool, min_domains: int = 1) -> Marked:
+    """The events, parted into sessions, with what is left out marked.
+
+    The rules are applied one after the other, each to what the ones before it left, all in the order (ts_ms, h):
+    rating, sessions, repeats (inside a session), cap (over a user's sessions), number of domains (of a session).
+    Held-out events (`is_train` false) are parted into sessions, and all stay.
+    """
+    marked = Marked(events.mutate(session=ibis.literal(0, "int64"), dropped=ibis.literal("")))
+    if is_train and settings.min_rating is not None:
+        least = float(np.float32(settings.min_rating))  # ratings are float32, where 3.6 lies below 3.6
+        marked = marked.drop(marked.events.rating.cast("float64") < least, f"rated below {settings.min_rating:g}")
+    if settings.session_gap_s is not None:
+        marked = replace(marked, events=_with_sessions(marked.events, settings.session_gap_s))
+    if is_train and settings.repeats != "keep":
+        marked = marked.drop(_is_repeat(marked.events, settings.repeats),
+                             f"repeating an item (repeats: {settings.repeats})")
+    if is_train and settings.max_events is not None:
+        marked = replace(marked, events=_with_rank(marked.events, settings.max_events_by))
+        marked = marked.drop(marked.events["rank"] >= settings.max_events,
+                             f"beyond a user's {settings.max_events} (by: {settings.max_events_by})")
+    if min_domains > 1:
+        marked = replace(marked, events=_with_n_domains(marked.events))
+        marked = marked.drop(marked.events.n_domains < min_domains, f"in histories of fewer than {min_domains} domains")
+    return marked
+
+
+def _with_n_domains(marked: Table) -> Table:
+    """With `n_domains`, of how many domains the events that stay of the same session are."""
+    domain = ibis.ifelse(marked.dropped == "", marked.domain, ibis.null("string"))
+    by = ["user_id", "session"]
+    of_session = marked.mutate(kept_domain=domain).group_by(by).agg(n_domains=ibis._.kept_domain.nunique())
+    return marked.inner_join(of_session, by)
+
+
+def _with_sessions(marked: Table, gap_s: int) -> Table:
+    """Number the sessions of each user from 0; what was dropped before neither joins nor parts the others."""
+    order = [marked.ts_ms, marked.h]
+    by = ["user_id", "dropped"]
+    before = marked.ts_ms.lag().over(group_by=by, order_by=order)
+    starts = marked.mutate(starts=((marked.ts_ms - before) > 1000 * gap_s).fill_null(False).cast("int64"))
+    return starts.mutate(session=starts.starts.sum().over(ibis.cumulative_window(group_by=by, order_by=order))
+                         .cast("int64")).drop("starts")
+
+
+def _is_repeat(marked: Table, repeats: str) -> Any:
+    """Whether an event's item is that of the event before it (`consecutive`), or came before at all (`first`)."""
+    by, order = ["user_id", "session", "dropped"], [marked.ts_ms, marked.h]
+    if repeats == "first":
+        return ibis.row_number().over(group_by=[*by, "item"], order_by=order) > 0
+    return marked["item"] == marked["item"].lag().over(group_by=by, order_by=order)
+
+
+def _with_rank(marked: Table, by: str) -> Table:
+    """With `rank`, the place of each event among its user's in the order in which a cap keeps them, from 0.
+
+    `latest`: the latest first. `draw`: priority sampling (Duffield, Lund and Thorup, 2007) with weight 1 / age, where
+    the latest event has age 1, the one before it 2, ...: smallest age * u first, u from 1 to 2**28 out of the event's
+    hash. Whole numbers below 2**53, in float64 for Spark's int is narrower than Ibis takes it for: every engine draws
+    alike.
+    """
+    group = ["user_id", "dropped"]
+    latest_first = [marked.ts_ms.desc(), marked.h.desc()]
+    aged = marked.mutate(rank=ibis.row_number().over(group_by=group, order_by=latest_first))
+    if by == "latest":
+        return aged
+    u = sum((_hex_digit(aged.h.substr(16 + i, 1)).cast("float64") * 16**i for i in range(7)), start=ibis.literal(1))
+    drawn = aged.mutate(priority=(aged["rank"].cast("float64") + 1) * u)
+    return drawn.mutate(rank=ibis.row_number().over(group_by=group, order_by=[drawn.priority, drawn["rank"]]))
+
+
+def _write_corpus(engine: Engine, layout: Layout, settings: SequenceSettings, marked: Marked, corpus: str,
                   counts: Counts) -> int:
     """Cut each user's events into windows and write those long enough; returns the number of histories."""
-    n_events = engine.count(events)
-    windows = cut_windows(events, max_items=settings.max_items, min_items=settings.min_items)
+    events = marked.events
+    n_dropped = {r["dropped"]: int(r["n"]) for r in engine.rows(events.group_by("dropped").agg(n=events.count()))}
+    n_events = n_dropped.pop("", 0)
+    by = ("user_id", "session") if settings.session_gap_s is not None else ("user_id",)
+    windows = cut_windows(events.filter(events.dropped == ""), max_items=settings.max_items,
+                          min_items=settings.min_items, by=by)
     kept = windows.filter(windows["items"].length() >= settings.min_items)
-    numbered = kept.mutate(history_id=ibis.row_number().over(order_by=[kept.user_id, kept.window]))
+    numbered = kept.mutate(history_id=ibis.row_number().over(order_by=[*(kept[name] for name in by), kept.window]))
     schema = MIXED if corpus == "mixed" else HISTORIES
     path = layout.histories(corpus)
     n_histories = engine.write(numbered, path, schema=schema, order_by=["history_id"])
     n_items = engine.rows(engine.read(path).agg(n=ibis._["items"].length().sum()))[0]["n"] or 0
     counts.add(f"{corpus}: histories", n_histories)
     counts.add(f"{corpus}: events in them", int(n_items))
+    for reason in marked.reasons:
+        counts.add(f"{corpus}: events {reason}, dropped", n_dropped.get(reason, 0))
     counts.add(f"{corpus}: events in histories of fewer than {settings.min_items} items, dropped",
                n_events - int(n_items))
     return n_histories

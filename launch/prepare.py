@@ -10,14 +10,18 @@ import argparse
 from cprec import cli
 from cprec.settings import dump_settings, load_settings
 from data_prep.config import PrepConfig
+from data_prep.estimate import estimate
 from data_prep.pipeline import Preparation, finished_stages, prepare
+
+WRITTEN = "interactions/, items/, histories/, packed/<corpus>/, queries/, report.md, audit.json, ..."
 
 
 def main() -> None:
     """Read the command line, then prepare or say what would be done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see data_prep/configs/")
-    parser.add_argument("--dry-run", action="store_true", help="check config and sources, say what would run, stop")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="check config, sources and columns, say what would be read, run and made, stop")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings on top of the file")
     args = parser.parse_args()
     config = load_settings(PrepConfig, args.config, args.overrides)
@@ -28,15 +32,21 @@ def main() -> None:
 
 
 def show_plan(config: PrepConfig) -> None:
-    """Print the resolved settings and which stages would run; reads the sources' hashes, writes nothing."""
+    """Print the resolved settings, the sources, which stages would run and an estimate; writes nothing below `out`."""
     preparation = Preparation(config)
-    stages = preparation.stages()
-    finished = finished_stages(preparation, stages)
-    print(dump_settings(config))
-    for label, path in preparation.sources.items():
-        print(f"source {label}: {path.stat().st_size:,} bytes")
-    for stage in stages:
-        print(f"stage {stage.name}: {'finished' if stage.name in finished else 'to do'}")
+    try:
+        stages = preparation.stages()
+        finished = finished_stages(preparation, stages)
+        print(dump_settings(config))
+        for label, source in preparation.staging.sources.items():
+            print(f"source {label}: {source.n_bytes:,} bytes")
+        for stage in stages:
+            print(f"stage {stage.name}: {'finished' if stage.name in finished else 'to do'}")
+        print(f"written to {preparation.layout.out}: {WRITTEN}")
+        made = estimate(config, preparation.staging, engine=preparation.engine, template=preparation.template)
+        print("\n".join(made.lines()))
+    finally:
+        preparation.close()
 
 
 if __name__ == "__main__":

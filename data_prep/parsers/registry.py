@@ -6,36 +6,40 @@ reads: what its parsers read. writes: nothing, costs nothing: tables are lazy un
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from data_prep.config import Dataset
-from data_prep.engine import Engine, Table
-from data_prep.parsers import complete_journey, recbole, tabular
+from data_prep.mapping import Table
+from data_prep.parsers import amazon, complete_journey, movielens, recbole, tabular
+from data_prep.records import Counts
+from data_prep.sources import Inputs
+
+
+class FindInputs(Protocol):
+    """The files that a dataset is made of, and how each is read. DataError when one is missing."""
+
+    def __call__(self, dataset: Dataset) -> Inputs: ...
 
 
 class Parse(Protocol):
-    """Reads one dataset. Returns lazy tables (interactions, items) with the columns of `data_prep.records`."""
+    """Turns a dataset's events and items, under our names (`Field.name`), into lazy tables (interactions, items) with
+    the columns of `data_prep.records`."""
 
-    def __call__(self, engine: Engine, dataset: Dataset) -> tuple[Table, Table]: ...
-
-
-class Sources(Protocol):
-    """The files that a dataset is made of, by the name that manifests give them. DataError when one is missing."""
-
-    def __call__(self, dataset: Dataset) -> dict[str, Path]: ...
+    def __call__(self, dataset: Dataset, events: Table, items: Table, counts: Counts) -> tuple[Table, Table]: ...
 
 
 @dataclass(frozen=True)
 class Parser:
-    """A source format. `sources` is asked before `parse`."""
+    """A source format: `inputs` are found, staged and read before `parse` is asked."""
 
-    sources: Sources
+    inputs: FindInputs
     parse: Parse
 
 
 PARSERS = {
-    "complete_journey": Parser(complete_journey.sources, complete_journey.parse),
-    "recbole": Parser(recbole.sources, recbole.parse),
-    "tabular": Parser(tabular.sources, tabular.parse),
+    "amazon": Parser(amazon.inputs, amazon.parse),
+    "complete_journey": Parser(complete_journey.inputs, complete_journey.parse),
+    "movielens": Parser(movielens.inputs, movielens.parse),
+    "recbole": Parser(recbole.inputs, recbole.parse),
+    "tabular": Parser(tabular.inputs, tabular.parse),
 }

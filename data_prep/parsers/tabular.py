@@ -1,59 +1,44 @@
-"""Parser of plain tables: Parquet or CSV interactions and items, with the user's own column names.
+"""Parser of plain tables: Parquet, CSV, TSV or JSON lines of interactions and items, with the user's column names.
 
-reads: `path` (interactions) and `items`, each a file or a folder of files of one kind, chosen by suffix.
+reads: `path` (interactions) and `items`, each a file, a folder or a glob; the kind is told by the suffix.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cprec.errors import DataError
 from data_prep.config import Dataset
-from data_prep.engine import Engine, Table
-from data_prep.mapping import map_interactions, map_items, need_columns
-from data_prep.sources import files_of, labelled
+from data_prep.mapping import Table, event_fields, item_fields, map_interactions, map_items
+from data_prep.records import Counts
+from data_prep.sources import DELIMITED, JSON, PARQUET, Field, Input, Inputs, Reader, find
 
-PARQUET = (".parquet", ".pq")
-CSV = (".csv", ".tsv")
+KINDS = {**dict.fromkeys(PARQUET, "parquet"), **dict.fromkeys(DELIMITED, "delimited"), **dict.fromkeys(JSON, "json")}
 
 
-def sources(dataset: Dataset) -> dict[str, Path]:
-    """The files it reads. Raises DataError when there are none."""
+def inputs(dataset: Dataset) -> Inputs:
+    """The files it reads. Raises DataError when there are none, or they are of no known kind."""
+    columns = dataset.columns
     if dataset.items is None:
         raise DataError(f"dataset {dataset.path}: the tabular parser needs `items`, the file with the titles")
-    return {label: file for path in (dataset.path, dataset.items)
-            for label, file in labelled(path, files_of(path, PARQUET + CSV)).items()}
-
-
-def parse(engine: Engine, dataset: Dataset) -> tuple[Table, Table]:
-    """(interactions, items) of the schema in `data_prep.records`; a missing column is a DataError."""
-    assert dataset.items is not None, "sources() was asked first"
-    columns = dataset.columns
     if dataset.domain is None and columns.domain is None:
         raise DataError(f"dataset {dataset.path}: set `domain`, or `columns.domain` to the column that says it")
-    events, items = _read(engine, dataset.path), _read(engine, dataset.items)
-    wanted = {"user_id": columns.user_id or "user_id", "item_id": columns.item_id or "item_id",
-              "timestamp": columns.timestamp or "timestamp"}
-    title = columns.title or "title"
-    shop = {} if dataset.domain else {"domain": columns.domain or ""}
-    need_columns(events, wanted | shop | ({"rating": columns.rating} if columns.rating else {}), source=dataset.path)
-    optional = {"brand": columns.brand, "category": columns.category}
-    need_columns(items, {"item_id": wanted["item_id"], "title": title} | shop
-                 | {meaning: name for meaning, name in optional.items() if name}, source=dataset.items)
-    return (
-        map_interactions(events, wanted, unit=columns.timestamp_unit, source=dataset.path,
-                         domain=dataset.domain, domain_column=columns.domain, rating=columns.rating),
-        map_items(items, item_id=wanted["item_id"], title=title, domain=dataset.domain or items[columns.domain],
-                  brand=columns.brand, category=columns.category),
-    )
+    shop = () if dataset.domain or not columns.domain else (Field(name="domain", of=(columns.domain,)),)
+    return Inputs(events=_inputs(dataset, dataset.path, event_fields(columns) + shop),
+                  items=_inputs(dataset, dataset.items, item_fields(columns) + shop))
 
 
-def _read(engine: Engine, path: str) -> Table:
-    files = files_of(path, PARQUET + CSV)
-    kinds = {f.suffix for f in files}
-    if kinds <= set(PARQUET):
-        return engine.read(files)
-    if len(kinds) == 1 and kinds <= set(CSV):
-        return engine.read_text(files, delimiter="\t" if kinds == {".tsv"} else ",", quote='"')
-    raise DataError(f"{path}: {', '.join(sorted(kinds))} files cannot be read as one table; use one kind of "
-                    f"{', '.join(PARQUET + CSV)}")
+def parse(dataset: Dataset, events: Table, items: Table, counts: Counts) -> tuple[Table, Table]:
+    """(interactions, items) of the schema in `data_prep.records`."""
+    return (map_interactions(events, unit=dataset.columns.timestamp_unit, source=dataset.path, domain=dataset.domain,
+                             counts=counts),
+            map_items(items, domain=dataset.domain))
+
+
+def _inputs(dataset: Dataset, path: str, fields: tuple[Field, ...]) -> tuple[Input, ...]:
+    found = find(path, tuple(KINDS))
+    unknown = sorted({s.suffix for s in found} - set(KINDS))
+    kinds = {KINDS[s.suffix] for s in found} if not unknown else set()
+    if unknown or ("parquet" in kinds and len(kinds) > 1):
+        raise DataError(f"{path}: {', '.join(sorted({s.suffix or s.label for s in found}))} files cannot be read as "
+                        f"one table; use Parquet, or text: {', '.join(KINDS)}")
+    return tuple(Input(s, Reader(kind=KINDS[s.suffix], fields=fields, delimiter="\t" if s.suffix == ".tsv" else ",",
+                                 quote='"', encoding=dataset.encoding or "utf-8")) for s in found)

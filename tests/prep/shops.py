@@ -91,6 +91,6 @@ def write_items(path: Path, rows: list[tuple[str, str, str | None]]) -> None:
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` by its relative name, but the config, which says where and with how many workers."""
+    """Every file below `folder` by its relative name, but pictures and the config, which says where and by how many."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.is_file() and p.name != "config.yaml"}
+            if p.is_file() and p.name != "config.yaml" and p.suffix != ".png"}

@@ -70,7 +70,18 @@ def test_a_clean_preparation_passes_every_check(prepared: Path) -> None:
     assert all(a.passed for a in found.values()) and len(found) == 8
     assert set(found["mixed"].checks) == {
         "every document once", "inside the clock", "no held-out event", "no unseen item or title",
-        "rows are their documents' tokens", "decoded lines are the items' lines", "no decoded line is an unseen title"}
+        "titles shared with an unseen domain are listed", "rows are their documents' tokens",
+        "decoded lines are the items' lines", "no decoded line is an unseen title"}
+
+
+def test_a_title_shared_with_an_unseen_domain_that_is_not_listed_is_found(copy_of_prepared: Path) -> None:
+    path = copy_of_prepared / "duplicates.parquet"
+    table = pq.read_table(path)
+    assert {r["domain"] for r in table.to_pylist()} == {"books", "garden"}
+    pq.write_table(table.slice(0, 0), path)
+    with pytest.raises(DataError, match="titles shared with an unseen domain are listed: FAILED: 1 of"):
+        run_audit(copy_of_prepared)
+    assert failed_checks(copy_of_prepared, "mixed") == {"titles shared with an unseen domain are listed"}
 
 
 def test_a_held_out_event_in_a_history_is_found(copy_of_prepared: Path) -> None:

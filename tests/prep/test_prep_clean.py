@@ -10,7 +10,18 @@ import pytest
 import shops
 
 from cprec.errors import DataError
-from data_prep.clean import Title, clean, clean_title, k_core
+from data_prep.clean import (
+    CONTROL,
+    CUT,
+    ENTITIES,
+    SPACES,
+    TAGS,
+    Title,
+    clean,
+    clean_title,
+    is_page_code,
+    k_core,
+)
 from data_prep.config import CleanSettings
 from data_prep.records import Corpora, Counts, Layout, title_key
 
@@ -25,12 +36,43 @@ CORPORA = Corpora(pretrain=("books",), unseen=("garden",))
     ("café 東京 🙂 e\u0301", "café 東京 🙂 e\u0301"),  # left as it is
 ])
 def test_a_title_becomes_one_plain_line(raw: str, plain: str) -> None:
-    assert clean_title(raw, max_chars=300) == Title(plain, is_cut=False)
+    title = clean_title(raw, max_chars=300)
+    assert title is not None and title.text == plain
 
 
-@pytest.mark.parametrize("raw", ["", "  \n", "&nbsp;", "\x00"])
+@pytest.mark.parametrize("raw", ["", "  \n", "&nbsp;", "\x00", "<div><br></div>", "<script>var a = 1;</script>"])
 def test_a_title_of_nothing_is_none(raw: str) -> None:
     assert clean_title(raw, max_chars=300) is None
+
+
+@pytest.mark.parametrize(("raw", "text", "repairs"), [
+    ("plain", "plain", set()),
+    ("a  b", "a b", {SPACES}),
+    ("Tom &amp;  Jerry", "Tom & Jerry", {ENTITIES}),
+    ("AT&amp;amp;T", "AT&amp;T", {ENTITIES}),  # once: what an entity spells is text
+    ("a\x00b", "a b", {CONTROL}),
+    ("R&D <3 a<b>c", "R&D <3 a c", {TAGS}),  # no entity, no tag but <b>
+    ('<span class="a-size-large">Gift &#36;50</span>', "Gift $50", {TAGS, ENTITIES}),
+    ("Mug<br/>Blue <SCRIPT type=x>alert(1)</SCRIPT>", "Mug Blue", {TAGS}),
+    ("Mug <span id=\"productTi", "Mug", {TAGS}),  # cut off in its tag
+    ("</s> <|im_start|> <unk> <sea>", "</s> <|im_start|> <unk> <sea>", set()),  # tags of no web page
+    ("&lt;b&gt;", "<b>", {ENTITIES}),  # spelled out: text
+    ("a <b and c <br", "a <b and c <br", set()),
+    ("The Function (of War)", "The Function (of War)", set()),
+])
+def test_what_is_done_to_a_title_is_said(raw: str, text: str, repairs: set[str]) -> None:
+    assert clean_title(raw, max_chars=300) == Title(text, frozenset(repairs))
+
+
+def test_page_code_is_no_title() -> None:
+    code = "var aPageStart = (new Date()).getTime();\nvar ue_t0=ue_t0||+new Date();"
+    assert clean_title(code, max_chars=300) is None and is_page_code(code)
+    assert not is_page_code("The Function (of War): var. ed. = 2") and not is_page_code("")
+
+
+def test_a_title_of_ten_thousand_characters_is_cut_at_a_word_border() -> None:
+    title = clean_title("word " * 2000, max_chars=300)
+    assert title == Title(("word " * 60).strip(), frozenset({SPACES, CUT}))  # 60 words and 59 spaces: 299 characters
 
 
 @pytest.mark.parametrize(("raw", "kept"), [
@@ -39,7 +81,7 @@ def test_a_title_of_nothing_is_none(raw: str) -> None:
     ("abcdefghij", "abcdefgh"),  # no border: inside the word
 ])
 def test_a_long_title_is_cut_at_a_word_border(raw: str, kept: str) -> None:
-    assert clean_title(raw, max_chars=8) == Title(kept, is_cut=True)
+    assert clean_title(raw, max_chars=8) == Title(kept, frozenset({CUT}))
 
 
 @pytest.mark.parametrize(("a", "b", "same"), [
@@ -88,6 +130,8 @@ def test_each_unusable_row_is_dropped_for_its_own_counted_reason(tmp_path: Path)
     assert counts["items of books dropped: its title is in an unseen domain's catalogue"] == 1
     assert counts["items of books dropped: its item has no title"] == 1
     assert counts["item rows repeated in the source"] == 1
+    assert counts["items with several titles, the first in code point order kept"] == 1  # b5
+    assert counts["item ids listed in several domains"] == 0
     assert counts["items without a usable event"] == 1
     items = pq.read_table(layout.items).select(["item_id", "title"]).to_pylist()
     assert items == [{"item_id": "b1", "title": "Dune"}, {"item_id": "b2", "title": "DUNE."},
@@ -95,7 +139,7 @@ def test_each_unusable_row_is_dropped_for_its_own_counted_reason(tmp_path: Path)
 
 
 def test_an_item_without_a_title_is_an_error_that_names_it_unless_it_may_be_dropped(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"1 items have no title: b3 of books; .*set clean.untitled_items=drop"):
+    with pytest.raises(DataError, match=r"1 item has no title: b3 of books; .*set clean.untitled_items=drop"):
         run_clean(tmp_path, CleanSettings())
     assert not Layout(tmp_path).interactions.exists()
 
@@ -129,6 +173,7 @@ def test_an_item_with_the_id_of_an_unseen_one_is_dropped_where_ids_are_shared_al
     assert counts.get(f"items of books dropped: {reason}", 0) == (1 if shared else 0)
     assert counts.get(f"events dropped: {reason}", 0) == (2 if shared else 0)
     assert counts["items of books dropped: its title is in an unseen domain's catalogue"] == 1  # b3: for its title
+    assert counts["item ids listed in several domains"] == 2  # b1, b3; music is no domain of ours
 
 
 def test_every_title_of_an_unseen_item_that_the_source_repeats_is_kept_out(tmp_path: Path) -> None:

@@ -11,34 +11,13 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-import shops
+from ingesting import events_of, items_of, parse
 
 from cprec.errors import DataError
-from cprec.settings import parse_settings
-from data_prep.config import Dataset
 from data_prep.parsers.registry import PARSERS
-from data_prep.records import INTERACTIONS, ITEMS, PARSER_NAMES, TEMPLATE_NAMES
+from data_prep.records import PARSER_NAMES, TEMPLATE_NAMES
 from data_prep.sources import locate
 from data_prep.templates import TEMPLATES
-
-
-def parse(tmp_path: Path, **values: Any) -> tuple[pa.Table, pa.Table]:
-    """(interactions, items) as tables of the schema."""
-    dataset = parse_settings(Dataset, values, source="test")
-    engine = shops.engine(tmp_path)
-    assert PARSERS[dataset.parser].sources(dataset)
-    interactions, items = PARSERS[dataset.parser].parse(engine, dataset)
-    tables = (interactions.to_pyarrow().cast(INTERACTIONS), items.to_pyarrow().cast(ITEMS))
-    engine.close()
-    return tables
-
-
-def events_of(table: pa.Table) -> list[tuple[Any, ...]]:
-    return sorted(tuple(r[n] for n in ("user_id", "domain", "item_id", "ts_ms", "rating")) for r in table.to_pylist())
-
-
-def items_of(table: pa.Table) -> list[tuple[Any, ...]]:
-    return sorted(tuple(r[n] for n in ITEMS.names) for r in table.to_pylist())
 
 
 def test_the_names_that_a_config_may_use_are_those_of_the_registries() -> None:

@@ -1,0 +1,59 @@
+"""Plain text for replay, against forgetting: documents out of JSON lines or Parquet, made clean.
+
+reads: staged (or local) Parquet. writes: nothing. Keeps one batch of documents in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from cprec.errors import DataError
+from data_prep.config import Replay
+from data_prep.records import Counts
+from data_prep.sources import JSON, PARQUET, Field, Input, Reader, find
+
+TEXT = "text"
+"""Our name of the documents' column in a staged file."""
+_UNWANTED = dict.fromkeys((*range(0x09), 0x0B, *range(0x0E, 0x20), *range(0x7F, 0x85), *range(0x86, 0xA0)))
+
+
+def replay_inputs(corpus: Replay) -> list[Input]:
+    """The files of one replay corpus, and how they are read. Raises DataError when there is none."""
+    found = find(corpus.path, PARQUET + JSON)
+    odd = [s.label for s in found if s.suffix not in PARQUET + JSON]
+    if odd:
+        raise DataError(f"replay {corpus.name}: {odd[0]} is neither Parquet nor JSON lines; use files ending in "
+                        f"{', '.join(PARQUET + JSON)}")
+    field = Field(name=TEXT, of=(corpus.text,))
+    return [Input(s, Reader(kind="parquet" if s.suffix in PARQUET else "json", fields=(field,))) for s in found]
+
+
+def clean_text(text: str) -> str:
+    """The document with lines ended by a newline (a page break is one), without control characters but tabs, without
+    a byte order mark or white space around it. Empty when nothing is left."""
+    if "\r" in text or "\x0c" in text or "\x85" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x0c", "\n").replace("\x85", "\n")
+    return text.removeprefix("\ufeff").translate(_UNWANTED).strip()
+
+
+def replay_texts(files: Sequence[tuple[Path, str]], *, counts: Counts, n_docs: int = 1024) -> Iterator[list[str]]:
+    """Yield the documents of Parquet files (path, name of the column) in their order, cleaned, in batches of up to
+    `n_docs`; empty ones are left out and counted. The batches depend on the files only.
+
+    Raises DataError when a file has no such column.
+    """
+    for path, column in files:
+        file = pq.ParquetFile(path)
+        if column not in file.schema_arrow.names:
+            raise DataError(f"{path} has no column {column!r}; its columns: {', '.join(file.schema_arrow.names)}; "
+                            f"correct the replay corpus' `text`")
+        for batch in file.iter_batches(batch_size=n_docs, columns=[column]):
+            raw = batch[column].to_pylist()
+            kept = [text for text in (clean_text(t) for t in raw if t is not None) if text]
+            counts.add("replay documents read", len(raw))
+            counts.add("replay documents dropped: empty", len(raw) - len(kept))
+            if kept:
+                yield kept

@@ -1,0 +1,155 @@
+"""What launch/peek.py shows of packed data: rows as text, manifests, lengths, hashes, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import pytest
+
+from cprec.data import peek
+from cprec.errors import DataError
+from cprec.format import PackedCorpus, Row
+from cprec.tokenizer import load_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PLAIN, COLOUR = peek.Ink(has_colour=False), peek.Ink(has_colour=True)
+
+
+@pytest.fixture(scope="module")
+def mixed(prepared: Path) -> PackedCorpus:
+    return PackedCorpus(prepared / "packed" / "mixed")
+
+
+def of_several_documents(corpus: PackedCorpus) -> int:
+    return next(i for i, row in enumerate(corpus) if len(row.doc_ids) > 1)
+
+
+def test_a_row_is_shown_as_the_lines_of_its_documents_items(prepared: Path, mixed: PackedCorpus) -> None:
+    i = of_several_documents(mixed)
+    shown = "\n".join(peek.show_row(mixed, i, tokenizer=peek.tokenizer_of(mixed), ink=PLAIN))
+    documents = pq.read_table(mixed.folder / "documents.parquet").to_pylist()
+    histories = pq.read_table(prepared / "histories" / "mixed.parquet")["items"].to_pylist()
+    lines = pq.read_table(prepared / "catalogue.parquet")["line"].to_pylist()
+    row, (shard, place) = mixed[i], mixed.locate(i)
+    assert shown.startswith(f"row {i} ({shard}, place {place}): {len(row.doc_ids)} documents")
+    bodies = [body for body in re.split(r"──── .*\n?", shown)[1:] if body]
+    assert len(bodies) == len(row.doc_ids)
+    for n, (doc_id, body) in enumerate(zip(row.doc_ids, bodies, strict=True)):
+        d = documents[doc_id]
+        items = histories[d["history_id"]][d["first_item"]:d["first_item"] + d["n_items"]]
+        assert body.removesuffix("\n").endswith("\n" + "".join(lines[i] for i in items) + "</s>"), n
+        assert f"document {n}: id {doc_id}, {d['n_tokens']} tokens" in shown
+
+
+def test_neighbouring_documents_differ_in_colour_and_every_colour_ends_with_its_line(mixed: PackedCorpus) -> None:
+    i = of_several_documents(mixed)
+    shown = "\n".join(peek.show_row(mixed, i, tokenizer=peek.tokenizer_of(mixed), ink=COLOUR))
+    assert "\x1b[33m" in shown and "\x1b[36m" in shown
+    for line in shown.split("\n"):
+        assert line.endswith("\x1b[0m") or "\x1b" not in line
+    plain = "\n".join(peek.show_row(mixed, i, tokenizer=peek.tokenizer_of(mixed), ink=PLAIN))
+    assert re.sub(r"\x1b\[[0-9;]*m", "", shown) == plain
+
+
+@dataclass(frozen=True)
+class MaskedRow(Row):
+    """A row that says where its loss is."""
+
+    loss_mask: npt.NDArray[np.bool_]
+
+
+def test_a_loss_mask_is_marked_in_the_text(tiny_tokenizer: str) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    given, target = tokenizer.encode_lines(["red lamp\n", "blue kite\n"])
+    mask = np.array([False] * len(given) + [True] * len(target))
+    row = MaskedRow(input_ids=np.array([*given, *target], dtype=np.uint16), doc_ids=np.array([0]), n_pad=0,
+                    doc_lens=np.array([len(mask)], dtype=np.int32), loss_mask=mask)
+    shown = "".join(peek._document_text(row, slice(0, len(mask)), 0, tokenizer=tokenizer, ink=PLAIN))
+    assert shown == "red lamp\n[[blue kite\n]]"
+
+
+def test_control_characters_in_a_text_cannot_steer_the_terminal() -> None:
+    assert peek.printable("a\x1b[2Jb\nc\x07d\x9be é 東") == "a\\x1b[2Jb\nc\\x07d\\x9be é 東"
+
+
+def test_the_manifest_is_told_with_its_audit(mixed: PackedCorpus) -> None:
+    told = "\n".join(peek.show_manifest(mixed.manifest))
+    assert f"{mixed.manifest.n_rows:,} of 256 tokens (uint16)" in told
+    assert re.search(r"^audit +passed$", told, re.MULTILINE) and "no held-out event: ok" in told
+
+
+def test_a_histogram_counts_every_value_once() -> None:
+    # 0..25 in 12 classes at most: width 3, nine classes, the last of two values
+    shown = [line.split() for line in peek.histogram(np.arange(26))]
+    assert len(shown) == 9
+    assert (shown[0], shown[-1][:3]) == (["0", "to", "2", "█" * 40, "3", "11.5%"], ["24", "to", "25"])
+    (only,) = peek.histogram(np.array([7, 7]))
+    assert only.split() == ["7", "█" * 40, "2", "100.0%"]
+
+
+def test_lengths_are_those_of_all_documents(mixed: PackedCorpus) -> None:
+    told = list(peek.show_lengths(mixed))
+    m = mixed.manifest
+    assert told[0].startswith(f"tokens in a document, in all {m.n_rows} rows: mean {m.n_tokens / m.n_documents:.1f}")
+    counted = told[1:next(i for i, line in enumerate(told) if line.startswith("documents in"))]
+    assert sum(int(line.split()[-2].replace(",", "")) for line in counted) == m.n_documents
+    fill = told[next(i for i, line in enumerate(told) if line.startswith("real tokens")):]
+    assert f"mean {100 * m.fill:.3f}" in fill[0]
+    assert sum(int(line.split()[-2].replace(",", "")) for line in fill[1:]) == m.n_rows
+
+
+def test_the_root_lists_all_corpora_and_is_no_place_for_a_row(prepared: Path) -> None:
+    for root in (prepared, prepared / "packed"):
+        folders = peek.find_corpora(root)
+        table = list(peek.show_corpora(folders))
+        assert len(folders) == 8 and len(table) == 9
+    with pytest.raises(DataError, match=r"holds 8 corpora; name one: .*specific/toys"):
+        peek.one_corpus(prepared)
+
+
+def test_every_altered_or_missing_shard_is_named(copy_of_prepared: Path) -> None:
+    packed = copy_of_prepared / "packed"
+    assert peek.verify(peek.find_corpora(packed)).startswith("verified: ")
+    shard = packed / "mixed" / "shard-00001.arrow"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    (packed / "valid" / "toys" / "shard-00000.arrow").unlink()
+    with pytest.raises(DataError, match=r"2 problems") as e:
+        peek.verify(peek.find_corpora(packed))
+    assert "mixed/shard-00001.arrow has hash" in str(e.value) and "toys/shard-00000.arrow is missing" in str(e.value)
+
+
+def test_another_tokenizer_is_refused_and_a_missing_one_asked_for(
+        mixed: PackedCorpus, copy_of_prepared: Path, smollm_tokenizer: str) -> None:
+    with pytest.raises(DataError, match="is not the one that"):
+        peek.tokenizer_of(mixed, smollm_tokenizer)
+    (copy_of_prepared / "tokenizer").rename(copy_of_prepared / "elsewhere")
+    moved = PackedCorpus(copy_of_prepared / "packed" / "mixed")
+    with pytest.raises(DataError, match="name it with --tokenizer"):
+        peek.tokenizer_of(moved)
+    found = peek.tokenizer_of(moved, str(copy_of_prepared / "elsewhere"))
+    assert found.fingerprint == mixed.manifest.tokenizer.fingerprint
+
+
+def test_a_row_or_a_folder_that_is_not_there_is_an_error(mixed: PackedCorpus, tmp_path: Path) -> None:
+    tokenizer = peek.tokenizer_of(mixed)
+    for i in (-1, len(mixed)):
+        with pytest.raises(DataError, match=f"no row {i}; it has rows 0 to {len(mixed) - 1}"):
+            list(peek.show_row(mixed, i, tokenizer=tokenizer, ink=PLAIN))
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DataError, match="no packed corpus there"):
+            peek.find_corpora(path)
+
+
+def test_the_script_prints_plainly_into_a_pipe(prepared: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "launch" / "peek.py"), str(prepared / "packed" / "mixed")]
+    row = subprocess.run([*command, "--row", "0"], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert "\x1b" not in row.stdout and row.stdout.startswith("row 0 (shard-00000.arrow, place 0)")
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert told.stdout.startswith("corpus        mixed (train)") and "tokens in a document" in told.stdout
