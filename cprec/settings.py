@@ -54,7 +54,7 @@ def parse_settings(kind: type[S], values: Mapping[str, Any], *, source: str) -> 
     try:
         return kind.model_validate(values)
     except ValidationError as e:
-        raise_all([_describe(kind, dict(p)) for p in e.errors()], of=source)
+        raise_all(describe_problems(kind, e), of=source)
         raise AssertionError("unreachable: a ValidationError has problems") from e
 
 
@@ -87,6 +87,11 @@ def dump_settings(settings: Settings) -> str:
 
 def _copy(value: Any) -> Any:
     return {k: _copy(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def describe_problems(kind: type[BaseModel], error: ValidationError) -> list[str]:
+    """Each problem of a record of `kind` as `field=value: what is wrong; the way out`."""
+    return [_describe(kind, dict(p)) for p in error.errors()]
 
 
 def _describe(kind: type[BaseModel], problem: dict[str, Any]) -> str:

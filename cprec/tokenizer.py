@@ -57,20 +57,24 @@ class Tokenizer:
                                 f"use a tokenizer that can encode it as text, or drop the item")
         return encoded
 
-    def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
-        """Ids of each line as it stands inside a text: after a line break.
+    def encode_start(self, text: str) -> list[int]:
+        """Ids of what a text starts with: the beginning-of-sequence token, if texts have one, and `text`."""
+        return ([] if self.bos_id is None else [self.bos_id]) + self.encode([text])[0]
 
-        A tokenizer may treat the start of a text in its own way (SentencePiece puts a space there), so a line is
-        encoded behind a line break, whose ids are then taken off. Raises DataError when the two merge.
+    def encode_after(self, before: str, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as it stands inside a document, behind `before`; an empty text has none.
+
+        A tokenizer may treat the start of a text in its own way (SentencePiece puts a space there), so each is encoded
+        behind `before`, whose ids are then taken off. Raises DataError where the two merge.
         """
-        newline = self.encode(["\n"])[0]
-        encoded = self.encode([f"\n{line}" for line in lines])
-        for line, ids in zip(lines, encoded, strict=True):
-            if ids[:len(newline)] != newline or len(ids) == len(newline):
-                raise DataError(f"tokenizer {self.name} merges a line break with the line {line[:200]!r} after it, so "
-                                f"lines have no ids of their own: prepare with tokenizer.exact=slow; titles cannot be "
-                                f"ranked with it")
-        return [ids[len(newline):] for ids in encoded]
+        known = self.encode([before])[0]
+        encoded = self.encode([f"{before}{text}" for text in texts])
+        for text, ids in zip(texts, encoded, strict=True):
+            if ids[:len(known)] != known or (text and len(ids) == len(known)):
+                raise DataError(f"tokenizer {self.name} merges {before[-20:]!r} with {text[:200]!r} behind it, so the "
+                                f"parts of a text have no ids of their own: prepare with tokenizer.exact=slow or "
+                                f"another template; titles cannot be ranked with it")
+        return [ids[len(known):] for ids in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Readable text of `ids`, control tokens shown."""

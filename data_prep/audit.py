@@ -2,31 +2,40 @@
 
 reads: everything below `out` that training or ranking will read, back from disk. writes: `audit.json`, and the
 finding into every corpus' manifest. Relational checks run out of core. Every row of every shard is compared with what
-its documents are made of; a seeded sample of rows is decoded. Keeps one shard in memory, and of one corpus 4 bytes per
-event and, while they are read, about 70 per document.
+its documents are made of, part by part on the worker pool; a seeded sample of rows is decoded.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import ibis
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.errors import DataError
-from cprec.format import Audit, Manifest, PackedCorpus, Row, list_corpora, write_atomically, write_manifest
+from cprec.format import (
+    ITEM_BITS,
+    Audit,
+    Manifest,
+    PackedCorpus,
+    Row,
+    Template,
+    list_corpora,
+    write_atomically,
+    write_manifest,
+)
 from cprec.tokenizer import Tokenizer
 from data_prep.config import PrepConfig
 from data_prep.engine import Engine, Table, event_hash
-from data_prep.pack import WHOLE_TOKENS, ShardTask, fill_rows, read_histories, segments_of
-from data_prep.ragged import Ints, map_ragged, spans
+from data_prep.pack import Corpus, parts_of
+from data_prep.proof import prove_part
 from data_prep.records import Counts, Layout, Split, title_key
-from data_prep.workers import cached_tokenizer
+from data_prep.workers import Workers, cached_tokenizer
 
 SAMPLED_ROWS = 32
 
@@ -64,13 +73,17 @@ class Auditor:
     leaking_items: frozenset[int]
     """Items of the catalogue that no training corpus may hold: of an unseen domain, with the title of one, or, where
     ids are shared, with the id of one."""
+    corpora: Mapping[str, Corpus]
+    """How each corpus was packed, by name."""
+    workers: Workers
     n_unlisted: int
     """Items of pre-training domains with a title of an unseen domain that `duplicates.parquet` does not list."""
 
 
-def audit(engine: Engine, layout: Layout, config: PrepConfig, *, split: Split, tokenizer: str) -> Counts:
+def audit(engine: Engine, layout: Layout, config: PrepConfig, *, split: Split, corpora: Sequence[Corpus],
+          workers: Workers) -> Counts:
     """Check every corpus, write the findings, and raise DataError if any check failed."""
-    auditor = _auditor(engine, layout, config, split, tokenizer)
+    auditor = _auditor(engine, layout, config, split, corpora, workers)
     audits: dict[str, Audit] = {}
     counts = Counts("audit")
     for name in list_corpora(layout.packed):
@@ -89,7 +102,8 @@ def audit(engine: Engine, layout: Layout, config: PrepConfig, *, split: Split, t
     return counts
 
 
-def _auditor(engine: Engine, layout: Layout, config: PrepConfig, split: Split, tokenizer: str) -> Auditor:
+def _auditor(engine: Engine, layout: Layout, config: PrepConfig, split: Split, corpora: Sequence[Corpus],
+             workers: Workers) -> Auditor:
     unseen = config.domains.unseen
     unseen_keys: set[str] = set()
     unseen_ids: set[str] = set()  # stays empty where the same id need not be the same thing
@@ -104,8 +118,9 @@ def _auditor(engine: Engine, layout: Layout, config: PrepConfig, split: Split, t
                        if row["domain"] in unseen or row["item_id"] in unseen_ids
                        or title_key(row["title"]) in unseen_keys)
     lines = pq.read_table(layout.catalogue, columns=["line"])["line"]
-    return Auditor(engine, layout, config, split, cached_tokenizer(tokenizer), lines, frozenset(unseen_keys),
-                   frozenset(leaking), _count_unlisted(engine, layout, config))
+    return Auditor(engine, layout, config, split, cached_tokenizer(corpora[0].tokenizer_name), lines,
+                   frozenset(unseen_keys), frozenset(leaking), {c.name: c for c in corpora}, workers,
+                   _count_unlisted(engine, layout, config))
 
 
 def _count_unlisted(engine: Engine, layout: Layout, config: PrepConfig) -> int:
@@ -119,26 +134,25 @@ def _audit_corpus(auditor: Auditor, corpus: PackedCorpus) -> Audit:
     findings = Findings()
     manifest = corpus.manifest
     is_train = manifest.kind == "train"
+    _check_rows(auditor, corpus, findings)
+    if manifest.template is None:
+        return findings.audit  # plain text: no event, no user, no item
     events = _events(auditor, manifest)
-    _check_packed_once(corpus, findings)
     _check_times(auditor, events, findings, is_train=is_train)
     if is_train:
         _check_held_out(auditor, events, findings)
         _check_items(auditor, events, findings)
         if auditor.config.regime == "disjoint":
             _check_users(auditor, events, findings)
-    _check_tokens(auditor, corpus, findings)
-    _check_text(auditor, corpus, findings, is_train=is_train)
+    _check_text(auditor, corpus, manifest.template, findings, is_train=is_train)
     return findings.audit
 
 
 def _events(auditor: Auditor, manifest: Manifest) -> Table:
-    """Every event inside the corpus' documents, named as in the cleaned interactions."""
+    """Every event of the histories that the corpus' documents are cut from, named as in the cleaned interactions."""
     engine, layout = auditor.engine, auditor.layout
-    documents = engine.read(layout.packed / manifest.corpus / "documents.parquet")
-    histories = engine.read(layout.histories(manifest.corpus)).select("history_id", "user_id", "items", "ts")
-    inside = documents.inner_join(histories, "history_id")
-    at = inside.mutate(place=ibis.range(inside.first_item, inside.first_item + inside.n_items).unnest())
+    histories = engine.read(layout.histories(manifest.corpus))
+    at = histories.mutate(place=ibis.range(0, histories["items"].length()).unnest())
     events = at.select("user_id", item=at["items"][at.place], ts_ms=at.ts[at.place])
     catalogue = engine.read(layout.catalogue).select("item", "domain", "item_id")
     return events.left_join(catalogue, "item").select("user_id", "item", "ts_ms", "domain", "item_id")
@@ -183,168 +197,96 @@ def _check_users(auditor: Auditor, events: Table, findings: Findings) -> None:
     findings.add("users disjoint", n, f"{auditor.engine.count(users):,} users have held-out events in unseen domains")
 
 
-def _check_packed_once(corpus: PackedCorpus, findings: Findings) -> None:
-    """(iv) Every document exactly once over the shards, with its tokens; the shards' bytes as in the manifest."""
+def _check_rows(auditor: Auditor, corpus: PackedCorpus, findings: Findings) -> None:
+    """(iv) Every document exactly once and whole; every row the tokens of its documents; bytes as in the manifest."""
     corpus.verify()
-    documents = pq.read_table(corpus.folder / "documents.parquet", columns=["doc_id", "n_tokens"])
-    n_tokens = documents["n_tokens"].to_numpy()
-    ids, lens = _packed(corpus)
-    known = (ids >= 0) & (ids < len(n_tokens))
-    times = np.bincount(ids[known], minlength=len(n_tokens))
-    wrong = int((~known).sum() + (times != 1).sum() + (n_tokens[ids[known]] != lens[known]).sum())
-    wrong += int(corpus.manifest.n_documents != len(n_tokens)) + int(corpus.manifest.n_tokens != n_tokens.sum())
-    findings.add("every document once", wrong,
-                 f"{len(n_tokens):,} documents are missing, repeated or of another length")
+    packed = auditor.corpora[corpus.manifest.corpus]
+    tasks = [task for task, _ in parts_of(packed, auditor.config.pack)]
+    shards = [s for _, part in parts_of(packed, auditor.config.pack) for s in part.shards]
+    if [s.file for s in shards] != [s.file for s in corpus.manifest.shards]:
+        raise DataError(f"{corpus.folder}: the manifest names other shards than parts/ does: the corpus was altered; "
+                        f"delete {corpus.folder} and run launch/prepare.py again")
+    proofs = [*auditor.workers.run(prove_part, tasks, n_tasks=len(tasks), label=f"audit {packed.name}")]
+    n_documents = sum(p.n_documents for p in proofs)
+    wrong = sum(p.wrong_documents for p in proofs) + int(corpus.manifest.n_documents != n_documents)
+    findings.add("every document once", wrong, f"{n_documents:,} documents are missing, repeated or not whole")
+    findings.add("rows are their documents' tokens", sum(p.wrong_rows for p in proofs),
+                 f"{sum(p.n_rows for p in proofs):,} rows, all compared, are not what their documents give")
 
 
-def _packed(corpus: PackedCorpus) -> tuple[np.ndarray, np.ndarray]:
-    """Document ids and lengths as they stand in the shards, end to end."""
-    ids, lens = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for info in corpus.manifest.shards:
-        batch = pa.ipc.open_file(pa.memory_map(str(corpus.folder / info.file))).get_batch(0)
-        flat, ends = batch["doc_lens"].flatten().to_numpy(), batch["doc_lens"].offsets.to_numpy()[1:]
-        padding = ends[batch["n_pad"].to_numpy() > 0] - 1
-        ids.append(batch["doc_ids"].flatten().to_numpy())
-        lens.append(np.delete(flat, padding))
-    return np.concatenate(ids), np.concatenate(lens)
-
-
-def _check_tokens(auditor: Auditor, corpus: PackedCorpus, findings: Findings) -> None:
-    """Every row of every shard: ids, lengths and padding are those that its documents give."""
-    origin = _Origin(auditor, corpus)
-    n_wrong = sum(_wrong_rows(origin, corpus.manifest, pa.ipc.open_file(
-        pa.memory_map(str(corpus.folder / info.file))).get_batch(0)) for info in corpus.manifest.shards)
-    findings.add("rows are their documents' tokens", n_wrong,
-                 f"{len(corpus):,} rows, all compared, are not what {origin.path.name} gives for their documents")
-
-
-class _Origin:
-    """What the documents of a corpus are made of, as `documents.parquet` and the histories say."""
-
-    def __init__(self, auditor: Auditor, corpus: PackedCorpus) -> None:
-        self.is_whole = auditor.config.tokenizer.exact == "slow"
-        self.path = corpus.folder / WHOLE_TOKENS if self.is_whole else auditor.layout.segments
-        self._lens = map_ragged(self.path).lens
-        documents = pq.read_table(corpus.folder / "documents.parquet")
-        history, first, n_items = (documents[n].to_numpy() for n in ("history_id", "first_item", "n_items"))
-        read = [(items, lengths) for _, items, lengths, _ in read_histories(
-            auditor.layout.histories(corpus.manifest.corpus))]
-        self._events = np.concatenate([np.zeros(0, np.int32), *(items for items, _ in read)])
-        lengths = np.concatenate([np.zeros(0, np.int64), *(lengths for _, lengths in read), np.zeros(1, np.int64)])
-        place = np.where((history >= 0) & (history < len(lengths)), history, len(lengths) - 1)  # else an empty one
-        self._first_event, self._n_items = (np.cumsum(lengths) - lengths)[place] + first, n_items.astype(np.int64)
-        self._is_inside = (first >= 0) & (n_items > 0) & (first + n_items <= lengths[place])
-        if self.is_whole:
-            self._is_inside &= np.arange(len(first)) < len(self._lens)
-
-    def known(self, doc_ids: Ints) -> npt.NDArray[np.bool_]:
-        """Whether there is such a document, inside its history."""
-        there = (doc_ids >= 0) & (doc_ids < len(self._is_inside))
-        known: npt.NDArray[np.bool_] = there & self._is_inside[np.where(there, doc_ids, 0)]
-        return known
-
-    def rows(self, doc_ids: Ints) -> Ints:
-        """The lists of `path` that give the (known) documents, end to end."""
-        return doc_ids if self.is_whole else segments_of(
-            self._events, first_event=self._first_event[doc_ids], n_items=self._n_items[doc_ids])
-
-    def n_tokens(self, doc_ids: Ints) -> Ints:
-        """Tokens of each of the (known) documents."""
-        n_lists = np.ones_like(doc_ids) if self.is_whole else self._n_items[doc_ids] + 2
-        sums = np.concatenate([[0], np.cumsum(self._lens[self.rows(doc_ids)])])
-        ends = np.cumsum(n_lists)
-        tokens: Ints = sums[ends] - sums[ends - n_lists]
-        return tokens
-
-
-def _wrong_rows(origin: _Origin, manifest: Manifest, shard: pa.RecordBatch) -> int:
-    """How many rows of a shard are not what its writer would make of their documents."""
-    doc_ids, offsets = shard["doc_ids"].flatten().to_numpy(), shard["doc_ids"].offsets.to_numpy().astype(np.int64)
-    n_docs = np.diff(offsets)
-    row_of = np.repeat(np.arange(len(n_docs)), n_docs)
-    known = origin.known(doc_ids)
-    doc_tokens = np.zeros(len(doc_ids), np.int64)
-    if known.any():
-        doc_tokens[known] = origin.n_tokens(doc_ids[known])
-    room = np.bincount(row_of, weights=doc_tokens, minlength=len(n_docs)) <= manifest.seq_len
-    possible = room & (n_docs > 0) & (np.bincount(row_of[~known], minlength=len(n_docs)) == 0)
-    if not possible.any():
-        return len(n_docs)
-    mine = possible[row_of]
-    expected = fill_rows(ShardTask(
-        path=origin.path, segments=origin.path, seq_len=manifest.seq_len, dtype=manifest.dtype,
-        pad_id=manifest.tokenizer.pad_id, doc_ids=doc_ids[mine], doc_tokens=doc_tokens[mine],
-        docs_per_row=n_docs[possible], rows_of_segments=origin.rows(doc_ids[mine])))
-    ids = shard["input_ids"].flatten().to_numpy().reshape(len(n_docs), -1)
-    wrong = ~possible
-    wrong[possible] = ((ids[possible] != expected.input_ids).any(axis=1)
-                       | (shard["n_pad"].to_numpy()[possible] != expected.n_pad)
-                       | _lists_differ(shard["doc_lens"], possible, expected.doc_lens, expected.n_lens))
-    return int(wrong.sum())
-
-
-def _lists_differ(column: pa.ListArray, chosen: npt.NDArray[np.bool_], values: npt.NDArray[np.int32],
-                  counts: Ints) -> npt.NDArray[np.bool_]:
-    """Which of the chosen lists of `column` are not those that `values` has end to end, `counts` of them each."""
-    offsets = column.offsets.to_numpy().astype(np.int64)
-    starts, lens = offsets[:-1][chosen], np.diff(offsets)[chosen]
-    differ: npt.NDArray[np.bool_] = lens != counts
-    same = np.flatnonzero(~differ)
-    mine = column.values.to_numpy()[spans(starts[same], counts[same])]
-    theirs = values[spans((np.cumsum(counts) - counts)[same], counts[same])]
-    differ[np.repeat(same, counts[same])[mine != theirs]] = True
-    return differ
-
-
-def _check_text(auditor: Auditor, corpus: PackedCorpus, findings: Findings, *, is_train: bool) -> None:
-    """Decode a seeded sample of rows: every document's lines are those of its items; in training none is unseen."""
+def _check_text(auditor: Auditor, corpus: PackedCorpus, template: Template, findings: Findings, *,
+                is_train: bool) -> None:
+    """Decode a seeded sample of rows: every document is its items' text; in training none of its titles is unseen."""
     rng = np.random.default_rng(auditor.config.seed)
     chosen = np.sort(rng.choice(len(corpus), size=min(SAMPLED_ROWS, len(corpus)), replace=False))
-    items_of = _DocumentItems(auditor.layout, corpus)
-    n_lines = n_other = n_unseen = 0
+    items_of = _HistoryItems(auditor.layout.histories(corpus.manifest.corpus))
+    n_documents = n_other = n_unseen = 0
     for row in (corpus[int(i)] for i in chosen):
-        for doc_id, ids in _documents(row):
-            decoded = _lines(auditor.tokenizer, ids)
-            expected = [None, *auditor.lines.take(pa.array(items_of[doc_id])).to_pylist()]
-            n_lines += len(expected) - 1
-            n_other += abs(len(decoded) - len(expected))
-            for line, wanted in list(zip(decoded, expected, strict=False))[1:]:
-                n_other += not _same_line(auditor.tokenizer, line, wanted)
-                n_unseen += title_key(line) in auditor.unseen_keys
-    findings.add("decoded lines are the items' lines", n_other, f"{n_lines:,} lines in {len(chosen)} rows differ")
+        documents = [*_documents(row)]
+        if auditor.config.pack.mode == "concat":
+            documents = documents[1:-1]  # the first and the last may be cut
+        for doc_id, ids in documents:
+            text = _text(auditor.tokenizer, ids)
+            history, first = divmod(doc_id, 1 << ITEM_BITS)
+            lines = auditor.lines.take(pa.array(items_of[history][first:], pa.int64())).to_pylist()
+            n_documents += 1
+            n_other += not _is_text_of(text, lines, template, auditor.tokenizer)
+            n_unseen += sum(title_key(title) in auditor.unseen_keys for title in _titles(text, template))
+    looked_at = f"{n_documents:,} documents in {len(chosen)} rows"
+    findings.add("decoded documents are their items' text", n_other, f"{looked_at} differ")
     if is_train:
-        findings.add("no decoded line is an unseen title", n_unseen, f"{n_lines:,} lines in {len(chosen)} rows are")
+        findings.add("no decoded title is unseen", n_unseen, f"the titles in {looked_at} are")
 
 
-class _DocumentItems:
-    """Catalogue numbers of a document's items, by its id."""
+def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The document's text, control tokens off."""
+    ids = ids[1:] if tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id] else ids
+    return tokenizer.decode(ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids)
 
-    def __init__(self, layout: Layout, corpus: PackedCorpus) -> None:
-        documents = pq.read_table(corpus.folder / "documents.parquet")
-        self._columns = [documents[n].to_numpy() for n in ("history_id", "first_item", "n_items")]
-        self._items = pq.read_table(layout.histories(corpus.manifest.corpus), columns=["items"])["items"]
 
-    def __getitem__(self, doc_id: int) -> list[int]:
-        history_id, first, n = (int(c[doc_id]) for c in self._columns)
-        items: list[int] = self._items[history_id].as_py()
-        return items[first:first + n]
+def _is_text_of(text: str, lines: Sequence[str], template: Template, tokenizer: Tokenizer) -> bool:
+    """Whether `text` is that of the first of these items, as many as it has room for; equal up to what the tokenizer
+    cannot give back (a normaliser, an unknown character)."""
+    if not lines:
+        return False
+    lens = np.abs(len(text) - len(template.render(lines[:1])) - np.cumsum([0, *map(len, lines[1:])]))
+    nearest = np.argsort(lens, kind="stable")[:3]  # the tokenizer may have changed the length a little
+    expected = [template.render(lines[:n + 1]) for n in nearest]
+    key = title_key(text)
+    return (any(title_key(e) == key for e in expected)
+            or any(title_key(tokenizer.decode(tokenizer.encode_start(e))) == key for e in expected))
+
+
+def _titles(text: str, template: Template) -> list[str]:
+    """The titles in a document's text, for templates whose items are the title and a fixed end."""
+    before, _, after = template.any_line.partition("x")
+    if "x" in after or not after or before.strip():
+        return []
+    return [piece for piece in text.removeprefix(template.lead_in).split(after) if piece]
+
+
+class _HistoryItems:
+    """Catalogue numbers of histories' items, read by row group; the last group is kept."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = pq.ParquetFile(path)
+        metadata = self._file.metadata
+        self._starts = np.cumsum([0, *(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))])
+        self._read: tuple[int, pa.ChunkedArray | None] = (-1, None)
+
+    def __getitem__(self, history: int) -> list[int]:
+        """Empty where there is no such history."""
+        group = int(np.searchsorted(self._starts, history, side="right")) - 1
+        if not 0 <= group < len(self._starts) - 1:
+            return []
+        if self._read[0] != group:
+            self._read = (group, self._file.read_row_group(group, columns=["items"])["items"])
+        assert self._read[1] is not None
+        items: list[int] = self._read[1][history - int(self._starts[group])].as_py()
+        return items
 
 
 def _documents(row: Row) -> Iterator[tuple[int, list[int]]]:
     ends = np.cumsum(row.real_doc_lens)
     for doc_id, end, n in zip(row.doc_ids, ends, row.real_doc_lens, strict=True):
         yield int(doc_id), row.input_ids[end - n:end].tolist()
-
-
-def _lines(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The document's text by lines, control tokens off."""
-    ids = ids[1:] if tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id] else ids
-    ids = ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
-    return tokenizer.decode(ids).removesuffix("\n").split("\n")
-
-
-def _same_line(tokenizer: Tokenizer, decoded: str, line: str) -> bool:
-    """Equal up to what the tokenizer cannot give back (a normaliser, an unknown character)."""
-    if title_key(decoded) == title_key(line):
-        return True
-    return title_key(decoded) == title_key(tokenizer.decode(tokenizer.encode([line])[0]))

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cprec.errors import did_you_mean
-from cprec.settings import Settings
+from cprec.format import Template
+from cprec.settings import Settings, describe_problems
+from data_prep.plan import PackMode
 from data_prep.records import PARSER_NAMES, TEMPLATE_NAMES, Corpora
+from data_prep.templates import template_of
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -21,11 +25,20 @@ Positive = Annotated[int, Field(ge=1)]
 class EngineSettings(Settings):
     """The relational engine of stages 1-4. None of this changes a byte of the output."""
 
-    name: Literal["duckdb"] = "duckdb"
+    name: Literal["duckdb", "spark"] = "duckdb"
     memory_limit: str = "2GB"
     threads: int | None = Field(default=None, ge=1)
+    """Default: all cores."""
     spill: str | None = None
-    """Folder for what does not fit into memory; default: `spill/` below `out`."""
+    """Folder for what does not fit into memory; default: `.spill/` below `out`, removed at the end."""
+    master: str | None = None
+    """Of Spark: the cluster's URL; default: what spark-submit says, without it this machine. See docs/spark.md."""
+
+    @model_validator(mode="after")
+    def _master_is_of_spark(self) -> EngineSettings:
+        if self.master is not None and self.name != "spark":
+            raise ValueError(f"master={self.master!r} is Spark's; set name: spark, or take it out")
+        return self
 
 
 class Columns(Settings):
@@ -87,6 +100,8 @@ class Dataset(Settings):
             raise ValueError(f"layout={self.layout} is of parser amazon only; remove it")
         if self.encoding is not None and self.parser not in ("recbole", "tabular"):
             raise ValueError(f"encoding={self.encoding} cannot be set, parser {self.parser} knows its own; remove it")
+        if self.items is not None and self.parser == "complete_journey":
+            raise ValueError(f"items={self.items} cannot be set, Complete Journey's lie in its folder; remove it")
         given = sorted(self.columns.model_dump(exclude_defaults=True).keys() - {"timestamp_unit"})
         if given and self.parser in ("complete_journey", "movielens"):
             raise ValueError(f"columns.{given[0]} cannot be set, parser {self.parser} knows its files; remove it, or "
@@ -182,7 +197,7 @@ class SequenceSettings(Settings):
     """Which these are: the latest, or drawn in favour of the latest, so that old ones are represented too."""
     mixed_min_domains: Positive = 2
     min_items: Positive = 2
-    max_items: Positive = 50
+    max_items: int = Field(default=50, ge=1, lt=1 << 16)
     """A longer history is cut into windows of nearly equal length."""
 
     @model_validator(mode="after")
@@ -214,9 +229,11 @@ class TokenizerSettings(Settings):
 
 
 class PackSettings(Settings):
-    """Rows of `seq_len` tokens; `window` documents are planned at a time, `shard_rows` rows go into one file."""
+    """Rows of `seq_len` tokens; about `window` histories are planned at a time, `shard_rows` rows go into one file."""
 
-    seq_len: int = Field(default=1024, ge=16)
+    mode: PackMode = "best_fit"
+    """`best_fit` cuts nothing; `concat` cuts documents where a row ends, as other stacks do; `one_per_row` pads."""
+    seq_len: int = Field(default=1024, ge=16, lt=1 << 16)
     shard_rows: Positive = 4096
     window: Positive = 1_000_000
 
@@ -246,17 +263,28 @@ class PrepConfig(Settings):
     split: SplitSettings = SplitSettings()
     regime: Literal["overlap", "disjoint"] = "overlap"
     sequences: SequenceSettings = SequenceSettings()
-    template: str = "cprec"
+    template: str | Template = "cprec"
+    """The name of a built-in one, or one's own: `{name: mine, lead_in: "Bought:\\n", item: "{title}\\n"}`."""
     tokenizer: TokenizerSettings
     pack: PackSettings = PackSettings()
     queries: QuerySettings = QuerySettings()
 
-    @field_validator("template")
+    @field_validator("template", mode="before")
     @classmethod
-    def _known_template(cls, value: str) -> str:
-        if value not in TEMPLATE_NAMES:
-            raise ValueError(f"no such template; {did_you_mean(value, TEMPLATE_NAMES)}")
-        return value
+    def _known_or_whole_template(cls, value: Any) -> str | Template:
+        if isinstance(value, str):
+            if value not in TEMPLATE_NAMES:
+                raise ValueError(f"no such template; {did_you_mean(value, TEMPLATE_NAMES)}")
+            return value
+        if not isinstance(value, Mapping | Template):
+            raise ValueError("give the name of a built-in template, or a mapping with name, lead_in and item")
+        try:
+            template = Template.model_validate(value)
+        except ValidationError as e:
+            raise ValueError("; ".join(describe_problems(Template, e))) from None
+        if template.name in TEMPLATE_NAMES:
+            raise ValueError(f"name={template.name!r} is a built-in template's; give your own another name")
+        return template
 
     @field_validator("replay")
     @classmethod
@@ -267,10 +295,13 @@ class PrepConfig(Settings):
         return value
 
     @model_validator(mode="after")
-    def _regime_needs_unseen(self) -> PrepConfig:
+    def _fits_together(self) -> PrepConfig:
         if self.regime == "disjoint" and not self.domains.unseen:
             raise ValueError("regime='disjoint' removes the held-out users of the unseen domains, but domains.unseen "
                              "is empty; name one, or use regime: overlap")
+        if self.tokenizer.exact == "slow" and template_of(self.template).is_supervised:
+            raise ValueError("tokenizer.exact='slow' with a supervised template: a document tokenized whole does not "
+                             "say where its target starts; use exact: gather, or a template without before_target")
         if self.queries.min_history > self.queries.max_history:
             raise ValueError(f"queries.min_history={self.queries.min_history} is above queries.max_history="
                              f"{self.queries.max_history}; lower one or raise the other")

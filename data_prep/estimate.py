@@ -123,7 +123,8 @@ def _sum_up(config: PrepConfig, looks: list[Look], template: Template, tokenizer
     chosen = sorted([*config.domains.pretrain, *config.domains.unseen])
     n_events = dict.fromkeys(chosen, 0.0)
     n_tokens = 0.0
-    lead_in = _n_tokens([template.lead_in], tokenizer) / ITEMS_PER_HISTORY
+    frame = len(tokenizer.encode_start(template.lead_in)) if tokenizer else len(template.lead_in) / CHARS_PER_TOKEN
+    lead_in = frame / ITEMS_PER_HISTORY
     train = config.split.quantiles[0] if config.split.t_valid is None else 1.0
     for look in looks:
         for domain, n in look.by_domain.items():
@@ -163,7 +164,7 @@ def _look(tasks: DatasetTasks, folder: Path, *, engine: Engine, template: Templa
     counted = engine.rows(texts.group_by(fields).agg(n=texts.count()).order_by(fields))
     every = max(len(counted) // TITLES, 1)
     lines = {_line(row, template, config): int(row["n"]) for row in counted[::every]}
-    total = sum(_n_tokens([line], tokenizer) * n for line, n in lines.items())
+    total = sum(_n_tokens([line], tokenizer, before=template.any_line) * n for line, n in lines.items())
     n_sampled = sum(by_domain.values())
     return Look(tasks.dataset.path, n_events, n_items, n_sampled, by_domain, len(lines),
                 total / max(sum(lines.values()), 1)), event_bytes + item_bytes
@@ -175,10 +176,10 @@ def _line(row: dict[str, str | None], template: Template, config: PrepConfig) ->
     return template.line({k: fields.get(k, "") for k in ("title", "domain", "brand", "category")})
 
 
-def _n_tokens(lines: Sequence[str], tokenizer: Tokenizer | None) -> float:
+def _n_tokens(lines: Sequence[str], tokenizer: Tokenizer | None, *, before: str) -> float:
     if tokenizer is None:
         return sum(len(line) for line in lines) / CHARS_PER_TOKEN
-    return sum(map(len, tokenizer.encode_lines(lines)))
+    return sum(len(ids) for ids in tokenizer.encode_after(before, lines))
 
 
 def _sample_files(tasks: Sequence[Task], n_rows: int, folder: Path) -> tuple[tuple[Task, ...], Rows, float]:

@@ -1,7 +1,8 @@
 """Stage 1, ingest: the files of all datasets, staged, parsed, and joined in one schema.
 
 reads: what the config's `datasets` and `replay` name. writes: `staged/`, `interactions/ingested.parquet`,
-`items/ingested.parquet`. Text is read by the worker pool, one file per worker; the rest is the engine's.
+`items/ingested.parquet`, `texts/<name>.parquet`. Text is read by the worker pool, one file per worker; the rest is the
+engine's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from data_prep.config import Dataset, PrepConfig
 from data_prep.engine import Engine, Table
 from data_prep.parsers.registry import PARSERS
 from data_prep.records import INTERACTIONS, ITEMS, Counts, Layout
-from data_prep.replay import TEXT, replay_inputs
+from data_prep.replay import TEXT, replay_inputs, write_texts
 from data_prep.sources import Input, Source
 from data_prep.staging import Task, as_table, count_staged, read_staged, source_hash, stage_all, tasks_of
 from data_prep.workers import Workers
@@ -109,6 +110,8 @@ def ingest(engine: Engine, layout: Layout, config: PrepConfig, staging: Staging,
     counts.add("events", engine.write(interactions, layout.raw_interactions, schema=INTERACTIONS,
                                       order_by=["user_id", "ts_ms", "domain", "item_id", "rating"]))
     counts.add("items", engine.write(items, layout.raw_items, schema=ITEMS, order_by=ITEMS.names))
+    for name in staging.replay:
+        write_texts(layout.texts(name), staging.replay_files(name), counts=counts)
     return Ingested(counts, {file.label: file.hash for file in staged})
 
 

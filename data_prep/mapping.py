@@ -63,7 +63,7 @@ def chosen(table: Table, fields: Sequence[Field], *, source: str) -> Table:
 def _as_kind(column: Any, field: Field) -> Any:
     if field.kind == "path" and column.type().is_array():
         return ibis.literal(" > ").join(column)
-    return column if field.kind == "number" else column.cast("string")
+    return column if field.kind == "number" else _name(column)
 
 
 def map_interactions(events: Table, *, unit: str, source: str, domain: str | None, counts: Counts) -> Table:
@@ -71,13 +71,46 @@ def map_interactions(events: Table, *, unit: str, source: str, domain: str | Non
     return events.select(
         user_id=events.user_id, domain=ibis.literal(domain) if domain is not None else events.domain,
         item_id=events.item_id, ts_ms=_milliseconds(events.timestamp, unit=unit, source=source, counts=counts),
-        rating=events.rating.try_cast("float32"))
+        rating=_rating(events.rating))
 
 
 def map_items(items: Table, *, domain: str | None) -> Table:
     """Items with our names (`item_fields`) in the one schema; without a `domain` it is their column's."""
     return items.select(domain=ibis.literal(domain) if domain is not None else items.domain, item_id=items.item_id,
                         title=items.title, brand=items.brand, category=items.category)
+
+
+NUMBER = "^[ \\t\\r\\n]*[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?[ \\t\\r\\n]*$"
+"""What every engine reads as a number. Some also take `1_000`, `0x1p3`, `5f` or `inf`."""
+
+
+def _number(column: Table) -> Table:
+    """The column as float64, null where it is text that is no number."""
+    if column.type().is_string():
+        column = ibis.ifelse(column.re_search(NUMBER), column, ibis.null("string"))
+    return column.try_cast("float64")
+
+
+def _is_finite(number: Table) -> Table:
+    """Whether a number is neither null, NaN nor infinite (nor beyond int64). Asked by a cast: DuckDB
+    answers `isnan` and comparisons from Parquet's statistics, which leave NaN out."""
+    return number.try_cast("int64").notnull()
+
+
+def _rating(column: Table) -> Table:
+    """The column as float32 with one zero, null where it is no finite number."""
+    number = _number(column)
+    return ibis.cases((~_is_finite(number), ibis.null("float32")), (number == 0, ibis.literal(0, "float32")),
+                      else_=number.try_cast("float32"))
+
+
+def _name(column: Table) -> Table:
+    """The id as text. Whole numbers in a floating point column (what pandas makes of ids where some are missing) are
+    written as such; every engine writes the others differently, and they are no ids: null."""
+    if not column.type().is_floating():
+        return column.cast("string")
+    whole = column.try_cast("int64")
+    return ibis.ifelse(whole.cast("float64") == column, whole.cast("string"), ibis.null("string"))
 
 
 MS_FROM = 10**11
@@ -94,23 +127,22 @@ def _milliseconds(column: Any, *, unit: str, source: str, counts: Counts) -> Any
     seconds all the same, and counted.
     """
     if column.type().is_timestamp():
-        return column.epoch_seconds().cast("int64") * 1000 + column.millisecond().cast("int64")
-    number = column.try_cast("float64")
-    # the engine orders NaN above every number: it would be the largest
-    number = ibis.ifelse(number.isnan() | number.isinf(), ibis.null("float64"), number)
-    is_seconds = (number >= S_FROM) & (number < MS_FROM)
-    found = ibis.struct({"largest": number.max(), "n": is_seconds.cast("int64").sum()}).to_pyarrow().as_py()
-    largest = found["largest"]
+        # an engine may round the half second up: the whole seconds are taken first
+        return column.truncate("s").epoch_seconds().cast("int64") * 1000 + column.millisecond().cast("int64")
+    number = _number(column)
+    largest = number.try_cast("int64").max().to_pyarrow().as_py()  # of the finite ones
     if largest is None:
         raise DataError(f"{source}: column {column.get_name()!r} ({column.type()}) holds no number; time stamps are "
                         f"seconds or milliseconds since 1970, or a timestamp column: convert it")
-    is_mixed = unit == "auto" and largest >= MS_FROM and found["n"] > 0
+    may_be_mixed = unit == "auto" and largest >= MS_FROM
     if unit == "auto":
-        unit = "ms" if largest >= MS_FROM else "s"
+        unit = "ms" if may_be_mixed else "s"
     if largest * (1000 if unit == "s" else 1) >= YEAR_2200:
-        raise DataError(f"{source}: column {column.get_name()!r} read in {unit} goes to {largest:.0f}, beyond the year "
+        raise DataError(f"{source}: column {column.get_name()!r} read in {unit} goes to {largest}, beyond the year "
                         f"2200; set columns.timestamp_unit to its unit (s or ms), or convert it")
-    if is_mixed:
-        counts.add(f"{source}: time stamps in seconds among milliseconds, read as seconds", int(found["n"]))
-        return ibis.ifelse(is_seconds, number * 1000, number).round().cast("int64")
-    return (number * (1000 if unit == "s" else 1)).round().cast("int64")
+    is_seconds = (number >= S_FROM) & (number < MS_FROM)
+    n_seconds = is_seconds.cast("int64").sum().to_pyarrow().as_py() if may_be_mixed else 0
+    if n_seconds:
+        counts.add(f"{source}: time stamps in seconds among milliseconds, read as seconds", int(n_seconds))
+    ms = ibis.ifelse(is_seconds, number * 1000, number) if n_seconds else number * (1000 if unit == "s" else 1)
+    return ibis.ifelse(_is_finite(ms), ms, ibis.null("float64")).round().cast("int64")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,19 @@ from cprec.tokenizer import TRAINED
 from data_prep.audit import audit
 from data_prep.clean import clean, k_core
 from data_prep.config import PrepConfig
+from data_prep.disk import name_a_full_disk
 from data_prep.duplicates import write_duplicates
 from data_prep.encode import encode_catalogue, prove, tokenizer_info
 from data_prep.engine import Engine
+from data_prep.engines.registry import connect
 from data_prep.ingest import Staging, ingest, plan_staging
-from data_prep.pack import Corpus, pack_corpus
+from data_prep.pack import Corpus, pack
 from data_prep.queries import write_queries
 from data_prep.records import Counts, Layout, Split, Stamp, digest
 from data_prep.report import write_report
 from data_prep.sequences import write_catalogue, write_histories
 from data_prep.split import read_split, split, write_split
-from data_prep.templates import TEMPLATES
+from data_prep.templates import template_of
 from data_prep.vocabulary import train_tokenizer
 from data_prep.workers import Workers
 
@@ -59,11 +61,12 @@ class Stage:
 class Preparation:
     """The stages of one config, bound to its output folder."""
 
-    def __init__(self, config: PrepConfig) -> None:
+    def __init__(self, config: PrepConfig, workers: Workers | None = None) -> None:
         self.config = config
+        self._given_workers = workers
         self.layout = Layout(Path(config.out))
         self.corpora = config.domains.corpora
-        self.template: Template = TEMPLATES[config.template]
+        self.template: Template = template_of(config.template)
 
     @cached_property
     def staging(self) -> Staging:
@@ -78,7 +81,7 @@ class Preparation:
     def engine(self) -> Engine:
         settings = self.config.engine
         spill = Path(settings.spill) if settings.spill else self._own_spill
-        return Engine(memory_limit=settings.memory_limit, threads=settings.threads, spill=spill)
+        return connect(settings, spill=spill)
 
     @property
     def _own_spill(self) -> Path:
@@ -86,7 +89,7 @@ class Preparation:
 
     @cached_property
     def workers(self) -> Workers:
-        return Workers(self.config.workers)
+        return self._given_workers or Workers(self.config.workers)
 
     def close(self) -> None:
         """End the worker processes; give the engine's memory and its own spill folder back."""
@@ -120,7 +123,8 @@ class Preparation:
         return [
             Stage("ingest", (), {"datasets": [d.model_dump(mode="json") for d in c.datasets],
                                  "replay": [r.model_dump(mode="json") for r in c.replay]},
-                  self._ingest, lambda: [at.raw_interactions, at.raw_items, *self.staging.outputs]),
+                  self._ingest, lambda: [at.raw_interactions, at.raw_items, *self.staging.outputs,
+                                          *(at.texts(r.name) for r in c.replay)]),
             Stage("clean", ("ingest",), {"seed": c.seed, "domains": domains, "clean": {
                 k: v for k, v in c.clean.model_dump(mode="json").items() if k not in minima}},
                   self._clean, lambda: [at.titled_items, at.duplicates, at.items, at.interactions]),
@@ -169,7 +173,7 @@ class Preparation:
     def _vocabulary(self) -> Counts:
         size = self.config.tokenizer.train_vocab_size
         assert size is not None, "the stage exists only where a tokenizer is to be trained"
-        return train_tokenizer(self.layout, vocab_size=size, lead_in=self.template.lead_in, corpora=self.corpora)
+        return train_tokenizer(self.layout, vocab_size=size, template=self.template, corpora=self.corpora)
 
     def _encode(self) -> Counts:
         if self.config.tokenizer.exact == "slow":
@@ -179,44 +183,56 @@ class Preparation:
                                   template=self.template, workers=self.workers)
         n = prove(self.layout, self.corpora.all, tokenizer=self.tokenizer, template=self.template,
                   seed=self.config.seed)
-        counts.add("sampled histories whose gathered ids are those of the whole text", n)
+        counts.add("sampled documents whose gathered ids are those of the whole text", n)
         return counts
 
     def _pack(self) -> Counts:
         counts = Counts("pack")
-        slow = self.config.tokenizer.exact == "slow"
-        lines = pq.read_table(self.layout.catalogue, columns=["line"])["line"] if slow else None
-        for name in self.corpora.all:
-            if pq.ParquetFile(self.layout.histories(name)).metadata.num_rows:
-                pack_corpus(self._corpus(name), self.config.pack, lines=lines, workers=self.workers,
-                            counts=counts)
+        pack(self.packed_corpora(), self.config.pack, workers=self.workers, counts=counts)
         return counts
+
+    def packed_corpora(self) -> list[Corpus]:
+        """Every corpus that has a history, and every plain text."""
+        with_histories = [name for name in self.corpora.all
+                          if pq.ParquetFile(self.layout.histories(name)).metadata.num_rows]
+        return [self._corpus(name) for name in with_histories] + [self._replay(r.name) for r in self.config.replay]
 
     def _corpus(self, name: str) -> Corpus:
         kind, _, domain = name.partition("/")
+        is_whole = self.config.tokenizer.exact == "slow"
         return Corpus(
             name=name, kind="valid" if kind == "valid" else "train", domain=domain or name,
-            folder=self.layout.packed / name, histories=self.layout.histories(name), segments=self.layout.segments,
+            folder=self.layout.packed / name, histories=self.layout.histories(name),
+            segments=None if is_whole else self.layout.segments, catalogue=self.layout.catalogue,
             tokenizer_name=self.tokenizer, tokenizer=self.tokenizer_info, template=self.template,
             seed=self.config.seed, split_hash=self.split.hash, sources=self.source_hashes,
             inputs_key=read_stamp(self.layout, "encode").key)
+
+    def _replay(self, name: str) -> Corpus:
+        corpus = f"replay/{name}"
+        return replace(self._corpus(corpus), domain=name, folder=self.layout.packed / corpus,
+                       histories=self.layout.texts(name), segments=None, template=None)
 
     def _queries(self) -> Counts:
         return write_queries(self.engine, self.layout, self.config.queries, corpora=self.corpora, split=self.split,
                              template=self.template, regime=self.config.regime, seed=self.config.seed)
 
     def _audit(self) -> Counts:
-        return audit(self.engine, self.layout, self.config, split=self.split, tokenizer=self.tokenizer)
+        return audit(self.engine, self.layout, self.config, split=self.split, corpora=self.packed_corpora(),
+                     workers=self.workers)
 
 
-def prepare(config: PrepConfig) -> None:
-    """Run every stage that is not finished yet. Raises ConfigError or DataError; a restart goes on from there."""
-    with only_writer(Path(config.out), wait_s=5):
-        _prepare(config)
+def prepare(config: PrepConfig, workers: Workers | None = None) -> None:
+    """Run every stage that is not finished yet, on `workers` or, without them, on `config.workers` processes.
+
+    Raises ConfigError or DataError; a restart goes on from there.
+    """
+    with only_writer(Path(config.out), wait_s=5), name_a_full_disk(Path(config.out)):
+        _prepare(Preparation(config, workers))
 
 
-def _prepare(config: PrepConfig) -> None:
-    preparation = Preparation(config)
+def _prepare(preparation: Preparation) -> None:
+    config = preparation.config
     try:
         stages = preparation.stages()
         finished = finished_stages(preparation, stages)

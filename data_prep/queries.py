@@ -13,7 +13,7 @@ import pyarrow as pa
 from cprec.errors import DataError
 from cprec.format import MANIFEST, QueriesManifest, Template, file_hash, write_atomically
 from data_prep.config import QuerySettings
-from data_prep.engine import Engine, Table
+from data_prep.engine import Engine, Table, in_order
 from data_prep.records import Corpora, Counts, Layout, Split
 
 ITEMS = pa.schema([
@@ -34,9 +34,9 @@ def write_queries(engine: Engine, layout: Layout, settings: QuerySettings, *, co
     n_items: dict[str, int] = {}
     domains = sorted((*corpora.pretrain, *corpora.unseen))
     for domain in domains:
-        items = _items(engine.read(layout.catalogue), domain)
+        items = engine.read(layout.catalogue).filter(ibis._.domain == domain)
         n_items[domain] = engine.write(items, layout.queries / f"{domain}.items.parquet", schema=ITEMS,
-                                       order_by=["item"])
+                                       order_by=["item_id"], number="item")
         events = _events(engine, layout, domain)
         queries = make_queries(events, settings, split=split, seed=seed)
         n_queries[domain] = engine.write(queries, layout.queries / f"{domain}.parquet", schema=QUERIES,
@@ -57,12 +57,6 @@ def write_queries(engine: Engine, layout: Layout, settings: QuerySettings, *, co
         "files": {f: file_hash(layout.queries / f) for f in files}})
     write_atomically(layout.queries / MANIFEST, manifest.model_dump_json(indent=1))
     return counts
-
-
-def _items(catalogue: Table, domain: str) -> Table:
-    """The domain's items, numbered from 0 by item_id."""
-    mine = catalogue.filter(catalogue.domain == domain)
-    return mine.mutate(item=ibis.row_number().over(order_by=mine.item_id).cast("int32"))
 
 
 def _events(engine: Engine, layout: Layout, domain: str) -> Table:
@@ -93,6 +87,5 @@ def make_queries(events: Table, settings: QuerySettings, *, split: Split, seed: 
     before = placed.inner_join(targets, "user_id").filter(ibis._.place < ibis._.until)
     by = ["user_id", "target", "query_ts", "is_repeat", "is_cold"]
     return before.group_by(by).agg(
-        history=before["item"].collect(where=before.place >= before.until - settings.max_history,
-                                       order_by=before.place),
-        seen=before["item"].collect(where=~before.again, order_by=before.place))
+        history=in_order(before["item"], by=before.place, where=before.place >= before.until - settings.max_history),
+        seen=in_order(before["item"], by=before.place, where=~before.again))

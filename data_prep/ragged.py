@@ -1,23 +1,26 @@
 """Many lists of token ids as one flat array, in memory or mapped from an Arrow file, and gathering from it.
 
-reads and writes: one uncompressed Arrow IPC file with one column, `ids: large_list<uint32>`. Mapped, it costs no
-memory but what is touched.
+reads and writes: one uncompressed Arrow IPC file with one column, `ids: large_list<uint16 or uint32>`. Mapped, it
+costs 8 bytes per list and what is touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-START, END, FIRST_ITEM = 0, 1, 2
-"""Rows of the segment table: what a document starts with, what it ends with, the line of item 0."""
+START, END, TARGET, FIRST_ITEM = 0, 1, 2, 3
+"""Rows of the segment table: what a document starts with, what it ends with, what stands before its last item (of a
+supervised template; else an empty list), the text of item 0."""
 Ints = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.uint32]
+Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,30 @@ class Ragged:
         return self.ids[self.offsets[i]:self.offsets[i + 1]]
 
     def gather(self, rows: Ints) -> Ids:
-        """The lists `rows`, laid end to end in that order."""
-        return self.ids[spans(self.offsets[rows], self.lens[rows])]
+        """The lists `rows`, laid end to end in that order; one copy of memory per list."""
+        taken = self._as_bytes.take(pa.array(rows)).buffers()[2]
+        return np.frombuffer(b"" if taken is None else taken, dtype=self.ids.dtype)  # type: ignore[return-value]
+
+    @cached_property
+    def _as_bytes(self) -> pa.LargeBinaryArray:
+        """The lists as byte strings, which Arrow gathers whole, where it gathers a list's numbers one by one."""
+        offsets = self.offsets * self.ids.itemsize
+        return pa.LargeBinaryArray.from_buffers(
+            pa.large_binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(self.ids)])
+
+
+def document_rows(items: Ints) -> Ints:
+    """Rows of the segment table that make up the document of these catalogue numbers, at least one."""
+    return np.concatenate([[START], items[:-1] + FIRST_ITEM, [TARGET], items[-1:] + FIRST_ITEM, [END]])
 
 
 def spans(starts: Ints, lens: Ints) -> Ints:
     """Indices start, start + 1, ... of every span, laid end to end: spans([5, 0], [2, 3]) is 5 6 0 1 2."""
     ends = np.cumsum(lens)
     total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - ends + lens, lens) + np.arange(total, dtype=np.int64)
+    indices = np.arange(total, dtype=np.int64)
+    indices += np.repeat(starts - ends + lens, lens)
+    return indices
 
 
 def ragged(lists: Sequence[Sequence[int]]) -> Ragged:
@@ -56,12 +74,17 @@ def ragged(lists: Sequence[Sequence[int]]) -> Ragged:
 def concatenate(parts: Sequence[Ragged]) -> Ragged:
     """The lists of all parts, in order."""
     lens = np.concatenate([np.zeros(0, np.int64), *(p.lens for p in parts)])
-    ids = np.concatenate([np.zeros(0, np.uint32), *(p.ids for p in parts)])
+    ids = np.concatenate([p.ids for p in parts]) if parts else np.zeros(0, np.uint32)
     return Ragged(ids, np.concatenate([[0], np.cumsum(lens)]).astype(np.int64))
 
 
+def dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The narrowest type that holds every id: uint16 up to 65,536 of them."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
 def write_ragged(path: Path, lists: Ragged) -> None:
-    """Write as one uncompressed Arrow batch, by rename."""
+    """Write as one uncompressed Arrow batch, ids of the type that they have, by rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     column = pa.LargeListArray.from_arrays(pa.array(lists.offsets), pa.array(lists.ids))
     batch = pa.record_batch({"ids": column})

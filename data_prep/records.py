@@ -36,7 +36,7 @@ ITEMS = pa.schema([
 STAGES = ("ingest", "clean", "split", "sequences", "vocabulary", "encode", "pack", "queries", "audit")
 PARSER_NAMES = ("amazon", "complete_journey", "movielens", "recbole", "tabular")
 """What a config may call a parser; `data_prep.parsers.registry` holds one for each."""
-TEMPLATE_NAMES = ("cprec",)
+TEMPLATE_NAMES = ("attributes", "compact", "cprec", "domains", "supervised")
 """What a config may call a template; `data_prep.templates` holds one for each."""
 
 
@@ -120,6 +120,9 @@ class Layout:
     @property
     def catalogue(self) -> Path:
         return self.out / "catalogue.parquet"
+
+    def texts(self, name: str) -> Path:
+        return self.out / "texts" / f"{name}.parquet"
 
     def histories(self, corpus: str) -> Path:
         return self.out / "histories" / f"{corpus}.parquet"

@@ -1,6 +1,7 @@
 """Plain text for replay, against forgetting: documents out of JSON lines or Parquet, made clean.
 
-reads: staged (or local) Parquet. writes: nothing. Keeps one batch of documents in memory.
+reads: staged (or local) Parquet. writes: `texts/<name>.parquet`, one column `text`. Keeps `TEXTS_PER_GROUP` documents
+in memory.
 """
 
 from __future__ import annotations
@@ -8,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.errors import DataError
 from data_prep.config import Replay
+from data_prep.engine import write_parquet
 from data_prep.records import Counts
 from data_prep.sources import JSON, PARQUET, Field, Input, Reader, find
 
 TEXT = "text"
-"""Our name of the documents' column in a staged file."""
+"""Our name of the documents' column."""
+TEXTS = pa.schema([(TEXT, pa.string())])
+TEXTS_PER_GROUP = 4096
+"""Row groups are what packing reads at a time, and texts can be long."""
 _UNWANTED = dict.fromkeys((*range(0x09), 0x0B, *range(0x0E, 0x20), *range(0x7F, 0x85), *range(0x86, 0xA0)))
 
 
@@ -37,6 +43,14 @@ def clean_text(text: str) -> str:
     if "\r" in text or "\x0c" in text or "\x85" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x0c", "\n").replace("\x85", "\n")
     return text.removeprefix("\ufeff").translate(_UNWANTED).strip()
+
+
+def write_texts(path: Path, files: Sequence[tuple[Path, str]], *, counts: Counts) -> None:
+    """Write the documents of a replay corpus, cleaned, as one Parquet file. Raises DataError when there is none."""
+    batches = (pa.record_batch({TEXT: pa.array(texts, pa.string())}) for texts in replay_texts(files, counts=counts))
+    if write_parquet(batches, path, schema=TEXTS, group_rows=TEXTS_PER_GROUP) == 0:
+        raise DataError(f"replay {path.stem}: no document with any text in {files[0][0]}; correct its `path` or "
+                        f"`text`, or take it out of `replay`")
 
 
 def replay_texts(files: Sequence[tuple[Path, str]], *, counts: Counts, n_docs: int = 1024) -> Iterator[list[str]]:

@@ -18,7 +18,7 @@ from cprec.errors import DataError
 from cprec.format import Template
 from cprec.log import get_logger
 from data_prep.config import SequenceSettings
-from data_prep.engine import Engine, Table, write_parquet
+from data_prep.engine import Engine, Table, in_order, numbered, write_parquet
 from data_prep.records import Corpora, Counts, Layout, Split
 
 log = get_logger(__name__)
@@ -50,18 +50,23 @@ def write_catalogue(engine: Engine, layout: Layout, *, template: Template, split
     in_train = (events.ts_ms < split.t_valid).cast("int64")
     seen = events.group_by(["domain", "item_id"]).agg(n_train=in_train.sum(), first_ts=events.ts_ms.min())
     items = engine.read(layout.items).inner_join(seen, ["domain", "item_id"])
-    number = ibis.row_number().over(order_by=[items.domain, items.item_id])
-    names = [n for n in CATALOGUE.names if n != "line"]
-    ordered = items.mutate(item=number).select(*names).order_by("item")
+    names = [n for n in CATALOGUE.names if n not in ("item", "line")]
+    ordered = items.select(*names).order_by(["domain", "item_id"])
+
+    n_escaped = 0
 
     def lined() -> Iterator[pa.RecordBatch]:
-        for batch in engine.batches(ordered):
-            fields = batch.select(["title", "domain", "brand", "category"]).to_pylist()
-            lines = [template.line({k: v or "" for k, v in row.items()}) for row in fields]
+        nonlocal n_escaped
+        for batch in numbered(engine.batches(ordered), "item"):
+            rows = batch.select(["title", "domain", "brand", "category"]).to_pylist()
+            fields = [{k: v or "" for k, v in row.items()} for row in rows]
+            lines = [template.line(of_item) for of_item in fields]
+            n_escaped += sum(template.escapes(of_item) for of_item in fields)
             yield batch.append_column("line", pa.array(lines, pa.string()))
 
     n_items = write_parquet(lined(), layout.catalogue, schema=CATALOGUE)
     counts.add("items in the catalogue", n_items)
+    counts.add("items with a character that is no text to every tokenizer, written otherwise", n_escaped)
 
 
 def write_histories(engine: Engine, layout: Layout, settings: SequenceSettings, *, corpora: Corpora, split: Split,
@@ -183,10 +188,9 @@ def _write_corpus(engine: Engine, layout: Layout, settings: SequenceSettings, ma
     windows = cut_windows(events.filter(events.dropped == ""), max_items=settings.max_items,
                           min_items=settings.min_items, by=by)
     kept = windows.filter(windows["items"].length() >= settings.min_items)
-    numbered = kept.mutate(history_id=ibis.row_number().over(order_by=[*(kept[name] for name in by), kept.window]))
     schema = MIXED if corpus == "mixed" else HISTORIES
     path = layout.histories(corpus)
-    n_histories = engine.write(numbered, path, schema=schema, order_by=["history_id"])
+    n_histories = engine.write(kept, path, schema=schema, order_by=[*by, "window"], number="history_id")
     n_items = engine.rows(engine.read(path).agg(n=ibis._["items"].length().sum()))[0]["n"] or 0
     counts.add(f"{corpus}: histories", n_histories)
     counts.add(f"{corpus}: events in them", int(n_items))
@@ -218,7 +222,6 @@ def cut_windows(events: Table, *, max_items: int, min_items: int = 1, by: Sequen
                            bound=ibis.greatest(max_items - drawn, 2 * min_items - 1))
     n_windows = ibis.ifelse(placed.n <= max_items, 1, (placed.n + placed.bound - 1) // placed.bound)
     placed = placed.mutate(window=((placed.place * n_windows) // placed.n).cast("int64"))
-    order = [placed.ts_ms, placed.h]
     return placed.group_by([*by, "window"]).agg(
-        items=placed["item"].collect(order_by=order), ts=placed.ts_ms.collect(order_by=order),
+        items=in_order(placed["item"], by=placed.place), ts=in_order(placed.ts_ms, by=placed.place),
         domains=placed.domain.collect(distinct=True).sort())

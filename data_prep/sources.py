@@ -141,6 +141,14 @@ def find(path: str, suffixes: Sequence[str] = ()) -> list[Source]:
     return found
 
 
+def find_one(path: str) -> Source:
+    """The one file that `path` means. Raises DataError when it means more, or none."""
+    found = find(path)
+    if len(found) != 1:
+        raise DataError(f"{path} means {len(found)} files ({found[0].label}, ...); name the one")
+    return found[0]
+
+
 def locate(path: str) -> Path:
     """The local file or folder that `path` means; `package:<dist>/<inside>` looks into an installed package.
 
@@ -168,7 +176,7 @@ def _find_local(path: str, suffixes: Sequence[str]) -> list[Source]:
         return [Source(path, str(found))]
     files = sorted(p for p in found.iterdir() if p.is_file() and _is_wanted(p.name, suffixes))
     if not files:
-        raise DataError(f"{path} is a folder without any {' or '.join(suffixes)} file")
+        raise DataError(f"{path} is a folder without any {' or '.join(suffixes)} file".replace("  ", " "))
     return [Source(f"{path.rstrip('/')}/{p.name}", str(p)) for p in files]
 
 
@@ -289,10 +297,18 @@ def unpacked(stream: Stream, source: Source) -> Any:
     return whole if codec is None else pa.CompressedInputStream(whole, codec)
 
 
+def broken(label: str, e: OSError) -> DataError:
+    """The error for a source that cannot be unpacked to its end."""
+    return DataError(f"{label}: broken, its compressed data end early or are damaged: {e}; fetch the file again")
+
+
 def first_lines(source: Source, n: int = 1000) -> list[bytes]:
     """Up to `n` whole lines from the source's beginning (from its first MiB), without their line ends."""
     with stored(source) as stream:
-        head: bytes = unpacked(stream, source).read(1 << 20)
+        try:
+            head: bytes = unpacked(stream, source).read(1 << 20)
+        except OSError as e:
+            raise broken(source.label, e) from None
     lines = head.split(b"\n")
     whole = lines if len(head) < 1 << 20 else lines[:-1]
     return [line.rstrip(b"\r") for line in whole[:n] if line.strip()]

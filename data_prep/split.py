@@ -60,16 +60,25 @@ def _clock(engine: Engine, events: Table, settings: SplitSettings) -> tuple[int,
     n_events = engine.count(events)
     if n_events == 0:
         raise DataError("split: no event is left after cleaning; look at report.md for the reasons")
-    times = events.select("ts_ms").order_by("ts_ms")
-
-    def at(share: float) -> int:
-        return int(engine.rows(times.limit(1, offset=int(share * (n_events - 1))))[0]["ts_ms"])
-
-    t_valid, t_test = (at(share) for share in settings.quantiles)
+    t_valid, t_test = (_time_at(engine, events, int(share * (n_events - 1))) for share in settings.quantiles)
     if t_valid == t_test:
         raise DataError(f"split: quantiles {list(settings.quantiles)} fall on one time stamp ({t_valid}); give "
                         f"split.t_valid and split.t_test, or quantiles further apart")
     return t_valid, t_test
+
+
+def _time_at(engine: Engine, events: Table, place: int) -> int:
+    """Time of event number `place` (from 0) in order of time: by counting, where a sort would move every event."""
+    start = 0
+    for width_ms in (86_400_000, 10_000, 1):  # days, then a day's 8,640 parts, then a part's milliseconds
+        counted = events.group_by(slot=(events.ts_ms - start) // width_ms).agg(n=events.count())
+        for row in engine.rows(counted.order_by("slot")):
+            if place < row["n"]:
+                break
+            place -= row["n"]
+        start += int(row["slot"]) * width_ms
+        events = events.filter((events.ts_ms >= start) & (events.ts_ms < start + width_ms))
+    return start
 
 
 def _write_train(engine: Engine, layout: Layout, events: Table, t_valid: int, *, corpora: Corpora, regime: str,

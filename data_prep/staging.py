@@ -48,6 +48,7 @@ class Staged(BaseModel):
     first_malformed: tuple[Malformed, ...]
     n_repaired: int
     n_not_numbers: int
+    n_inner_lines: int
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def stage(task: Task) -> Staged:
     staged = Staged(label=source.label, hash=source_digest, version=version, reader=reader,
                     n_bytes=task.parquet.stat().st_size, n_rows=n_rows, n_lines=tally.n_lines,
                     n_malformed=tally.n_malformed, first_malformed=tuple(tally.first_malformed),
-                    n_repaired=tally.n_repaired, n_not_numbers=tally.n_not_numbers)
+                    n_repaired=tally.n_repaired, n_not_numbers=tally.n_not_numbers,
+                    n_inner_lines=tally.n_inner_lines)
     if not task.is_in_place:
         write_atomically(task.stamp, staged.model_dump_json(indent=1))
     return staged
@@ -173,7 +175,8 @@ def count_staged(staged: Sequence[Staged], counts: Counts, *, max_malformed: flo
             problems.append(str(malformed_error(file.label, file.n_malformed, file.n_lines, file.first_malformed)))
         for what, n in (("malformed lines set aside", file.n_malformed),
                         (f"texts {repaired}", file.n_repaired),
-                        ("values that are no number, taken as missing", file.n_not_numbers)):
+                        ("values that are no number, taken as missing", file.n_not_numbers),
+                        ("lines inside quoted values, or blank", file.n_inner_lines)):
             if n:
                 counts.add(f"{file.label}: {what}", n)
         for line in file.first_malformed:

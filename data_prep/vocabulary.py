@@ -1,9 +1,9 @@
-"""Stage 5a, vocabulary: a small tokenizer trained on the titles that training will see.
+"""Stage 5a, vocabulary: a small tokenizer trained on the items' texts that training will see.
 
 reads: `catalogue.parquet`. writes: `tokenizer/tokenizer.model` (SentencePiece unigram with byte fallback) and an
 equivalent Hugging Face tokenizer beside it (`tokenizer.json`, `tokenizer_config.json`). Nothing is written unless
-both encode every line of the catalogue alike. Keeps the distinct titles in memory; one thread, so that the same
-titles give the same bytes.
+both encode every line of the catalogue alike. Keeps the distinct texts in memory; one thread, so that the same
+texts give the same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from cprec.errors import DataError
-from cprec.format import write_atomically
+from cprec.format import Template, write_atomically
 from cprec.log import get_logger
 from data_prep.records import Corpora, Counts, Layout
 
@@ -35,16 +35,16 @@ TITLES_PER_LEAD_IN = 32
 """Typical items of a document."""
 
 
-def train_tokenizer(layout: Layout, *, vocab_size: int, lead_in: str, corpora: Corpora) -> Counts:
+def train_tokenizer(layout: Layout, *, vocab_size: int, template: Template, corpora: Corpora) -> Counts:
     """Train, prove both copies equal, write them. Says the size reached when the titles allow no more."""
-    titles = sorted(_training_titles(layout, corpora))
+    titles = sorted(_training_texts(layout, corpora))
     if not titles:
         raise DataError("no item of the pre-training domains has an event in the training window; nothing to train a "
                         "tokenizer on")
-    model = _train([*titles, *_lead_ins(lead_in, len(titles))], vocab_size)
+    model = _train([*titles, *_frames(template, len(titles))], vocab_size)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     fast = _fast_copy(processor)
-    n_lines = _prove_equal(processor, fast, _texts(layout, lead_in))
+    n_lines = _prove_equal(processor, fast, _texts(layout, template))
     reached = processor.get_piece_size()
     if reached < vocab_size:
         log.warning("tokenizer: %d pieces, not %d: the titles hold no more", reached, vocab_size)
@@ -57,22 +57,22 @@ def train_tokenizer(layout: Layout, *, vocab_size: int, lead_in: str, corpora: C
     return counts
 
 
-def _training_titles(layout: Layout, corpora: Corpora) -> set[str]:
-    titles: set[str] = set()
-    columns = ["domain", "title", "n_train"]
-    for batch in pq.ParquetFile(layout.catalogue).iter_batches(columns=columns):
-        titles.update(row["title"] for row in batch.to_pylist()
-                      if row["domain"] in corpora.pretrain and row["n_train"] > 0)
-    return titles
+def _training_texts(layout: Layout, corpora: Corpora) -> set[str]:
+    """Items' texts, each on one line."""
+    texts: set[str] = set()
+    for batch in pq.ParquetFile(layout.catalogue).iter_batches(columns=["domain", "line", "n_train"]):
+        texts.update(" ".join(row["line"].split()) for row in batch.to_pylist()
+                     if row["domain"] in corpora.pretrain and row["n_train"] > 0)
+    return texts
 
 
-def _lead_ins(lead_in: str, n_titles: int) -> list[str]:
-    """The lead-in as often as documents have it, every second time with another end to each word.
+def _frames(template: Template, n_titles: int) -> list[str]:
+    """The template's own words as often as documents have them, every second time with another end to each word.
 
     SentencePiece makes pieces only of what occurs in two different words; otherwise the words of the lead-in, which
     starts every document, would be spelled letter by letter.
     """
-    words = lead_in.split()
+    words = f"{template.lead_in} {template.before_target or ''} {template.tail}".split()
     n_times = max(n_titles // TITLES_PER_LEAD_IN, 1)
     # "%" after the bare word: in the original "," or ":" or nothing follows it
     return [" ".join(words), " ".join(f"{word.strip(string.punctuation)}%" for word in words)] * n_times
@@ -102,10 +102,10 @@ def _fast_copy(processor: sentencepiece.SentencePieceProcessor) -> FastTokenizer
     return fast
 
 
-def _texts(layout: Layout, lead_in: str) -> Iterator[list[str]]:
-    yield [lead_in, "</s> <s>\n", "<0x41>\n"]
+def _texts(layout: Layout, template: Template) -> Iterator[list[str]]:
+    yield [template.render([template.any_line]), "</s> <s>\n", "<0x41>\n"]
     for batch in pq.ParquetFile(layout.catalogue).iter_batches(LINES_AT_ONCE, columns=["line"]):
-        yield ["\n" + line for line in batch["line"].to_pylist()]
+        yield [template.any_line + line for line in batch["line"].to_pylist()]
 
 
 def _prove_equal(processor: sentencepiece.SentencePieceProcessor, fast: FastTokenizer,

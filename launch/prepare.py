@@ -1,6 +1,7 @@
 """Prepare corpora and ranking queries from raw interaction logs; CPU only, restartable.
 
 python launch/prepare.py --config data_prep/configs/complete_journey.yaml [key.sub=value ...] [--dry-run]
+mpirun -n 64 python launch/prepare.py --config ...    # one rank leads, the others work, on as many machines
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from cprec.settings import dump_settings, load_settings
 from data_prep.config import PrepConfig
 from data_prep.estimate import estimate
 from data_prep.pipeline import Preparation, finished_stages, prepare
+from data_prep.workers import n_mpi_ranks, over_mpi
 
 WRITTEN = "interactions/, items/, histories/, packed/<corpus>/, queries/, report.md, audit.json, ..."
 
@@ -27,6 +29,8 @@ def main() -> None:
     config = load_settings(PrepConfig, args.config, args.overrides)
     if args.dry_run:
         show_plan(config)
+    elif n_mpi_ranks() > 1:
+        over_mpi(lambda workers: prepare(config, workers))
     else:
         prepare(config)
 

@@ -25,7 +25,8 @@ class Batch:
     input_ids: Tensor
     """(1, N) int64."""
     labels: Tensor
-    """(B, seq_len) int64: the token to predict at each position, IGNORE_INDEX at a document's end and in padding."""
+    """(B, seq_len) int64: the token to predict at each position, IGNORE_INDEX at a document's end, in padding and where
+    the loss mask is not set for that token."""
     position_ids: Tensor
     """(1, N) int64: position within the document."""
     cu_seqlens: Tensor
@@ -62,11 +63,9 @@ def collate(rows: Sequence[Row], corpus: Sequence[int]) -> Batch:
     n_valid = np.empty(n_rows, dtype=np.int64)
     for i, row in enumerate(rows):
         ids[i] = row.input_ids
-        labels[i, :-1] = row.input_ids[1:]
-        ends = np.cumsum(row.real_doc_lens)
-        labels[i, ends - 1] = IGNORE_INDEX  # the next document's first token is not this one's to predict
-        labels[i, seq_len - row.n_pad:] = IGNORE_INDEX
-        n_valid[i] = seq_len - row.n_pad - len(ends)
+        is_label = row.is_label  # never a document's first token: it is not the document before it's to predict
+        labels[i, :-1] = np.where(is_label[1:], ids[i, 1:], IGNORE_INDEX)
+        n_valid[i] = is_label.sum()
     lens = np.concatenate([row.doc_lens for row in rows])
     starts = np.concatenate([[0], np.cumsum(lens)])
     positions = np.arange(n_rows * seq_len) - np.repeat(starts[:-1], lens)

@@ -30,7 +30,7 @@ class StepRow:
     cost: int
     """Attention cost in token pairs: the sum of squared document lengths."""
     n_valid: int
-    """Labels to predict: every real token but the first of each document."""
+    """Labels to predict: every real token but the first of each document, or those of them in its loss mask."""
     n_pad: int
 
 
@@ -102,9 +102,7 @@ class PackedDataset:
 
     def _describe_row(self, corpus: int, row: int) -> StepRow:
         packed = self.corpora[corpus][row]
-        docs = packed.real_doc_lens
-        n_valid = len(packed.input_ids) - packed.n_pad - len(docs)
-        return StepRow(corpus, row, row_cost(packed.doc_lens), n_valid, packed.n_pad)
+        return StepRow(corpus, row, row_cost(packed.doc_lens), packed.n_labels, packed.n_pad)
 
     def _collate(self, rows: Sequence[StepRow]) -> Batch:
         batch = collate([self.corpora[r.corpus][r.row] for r in rows], [r.corpus for r in rows])
@@ -126,11 +124,12 @@ def open_manifests(packed: str | Path, kind: str) -> dict[str, Manifest]:
 
 
 def check_alike(manifests: dict[str, Manifest], packed: str | Path) -> None:
-    """Raise DataError when corpora that serve one run disagree about seq_len, split, template or tokenizer."""
-    first_name, first = next(iter(manifests.items()))
+    """Raise DataError when corpora that serve one run disagree about seq_len, split, template or tokenizer; plain text
+    has no template to disagree about."""
+    first_name, first = next(((name, m) for name, m in manifests.items() if m.template), next(iter(manifests.items())))
     for name, m in manifests.items():
         for field in ("seq_len", "split_hash", "template_hash"):
-            if getattr(m, field) != getattr(first, field):
+            if getattr(m, field) != getattr(first, field) and not (field == "template_hash" and m.template is None):
                 raise DataError(f"{packed}: corpora {first_name} and {name} differ in {field} ({getattr(first, field)} "
                                 f"and {getattr(m, field)}); prepare them together")
         if m.tokenizer.fingerprint != first.tokenizer.fingerprint:

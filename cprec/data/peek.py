@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cprec.errors import DataError, raise_all
-from cprec.format import MANIFEST, Manifest, PackedCorpus, Row, list_corpora, read_manifest
+from cprec.format import ITEM_BITS, MANIFEST, Manifest, PackedCorpus, Row, list_corpora, read_manifest
 from cprec.log import progress
 from cprec.tokenizer import TRAINED, Tokenizer, load_tokenizer
 
@@ -103,7 +103,8 @@ def show_manifest(m: Manifest) -> Iterator[str]:
                      + ", ".join(f"{d} {n:,}" for d, n in m.n_documents_by_domain.items()),
         "latest event": f"{latest:%Y-%m-%d %H:%M:%S} UTC",
         "tokenizer": f"{m.tokenizer.name}, {m.tokenizer.vocab_size:,} ids, fingerprint {m.tokenizer.fingerprint[:16]}",
-        "template": f"{m.template.name} version {m.template.version}, hash {m.template_hash[:16]}",
+        "template": f"{m.template.name} version {m.template.version}, hash {m.template_hash[:16]}" if m.template else
+                    "none: plain text",
         "seed, split": f"{m.seed}, {m.split_hash[:16]}",
         "shards": f"{len(m.shards)}, {n_bytes:,} bytes",
     }
@@ -132,7 +133,8 @@ def show_row(corpus: PackedCorpus, i: int, *, tokenizer: Tokenizer, ink: Ink) ->
     ends = np.cumsum(lens)
     for n, (doc_id, end, n_tokens) in enumerate(zip(row.doc_ids, ends, lens, strict=True)):
         inside = slice(int(end - n_tokens), int(end))
-        yield ink.border(f"──── document {n}: id {doc_id}, {n_tokens} tokens {'─' * 20}")
+        history, first = divmod(int(doc_id), 1 << ITEM_BITS)
+        yield ink.border(f"──── document {n}: history {history} from item {first}, {n_tokens} tokens {'─' * 20}")
         yield "".join(_document_text(row, inside, n, tokenizer=tokenizer, ink=ink)).removesuffix("\n")
     if row.n_pad:
         yield ink.border(f"──── padding: {row.n_pad} times id {row.input_ids[-1]} {'─' * 20}")

@@ -163,21 +163,40 @@ class Prompt:
     n_dropped: int
 
 
+def encode_lines(template: Template, tokenizer: Tokenizer, lines: Sequence[str]) -> list[list[int]]:
+    """Ids of each item's text as it stands in a document, be it in the history or as the target.
+
+    Raises DataError where a tokenizer merges it with what stands before it, or where that changes its ids.
+    """
+    encoded = tokenizer.encode_after(template.any_line, lines)
+    for before in (template.lead_in, template.before_target or ""):
+        for line, ids, here in zip(lines, encoded, tokenizer.encode_after(before, lines) if before else encoded,
+                                   strict=True):
+            if ids != here:
+                raise DataError(f"tokenizer {tokenizer.name} encodes {line[:200]!r} after {before[-20:]!r} as "
+                                f"{here[:9]} ..., after an item as {ids[:9]} ...: it cannot be ranked with template "
+                                f"{template.name!r}")
+    return encoded
+
+
 class Prompts:
-    """Prompts as documents begin in training: [bos], the lead-in, then the history's lines; never a cut line."""
+    """Prompts as documents begin in training, up to the item to predict: [bos], the lead-in, the history's items, and
+    what a supervised template has before the target; never a cut item."""
 
     def __init__(self, template: Template, tokenizer: Tokenizer, lines: list[list[int]], *, max_tokens: int) -> None:
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        self._start = bos + tokenizer.encode([template.lead_in])[0]
+        self._start = tokenizer.encode_start(template.lead_in)
+        self._before_target = tokenizer.encode_after(template.any_line, [template.before_target or ""])[0]
         self._lines = lines
-        self._room = max_tokens - len(self._start)
+        self._room = max_tokens - len(self._start) - len(self._before_target)
         if self._room < 0 or not self._start:
             raise ConfigError(f"a prompt of at most {max_tokens} tokens cannot hold the lead-in of template "
-                              f"{template.name!r} ({len(self._start)} tokens); rank with a model of a longer context")
+                              f"{template.name!r} ({max_tokens - self._room} tokens); rank with a model of a longer "
+                              f"context")
 
     def prompt(self, history: Ints) -> Prompt:
         """The prompt of a history, oldest items dropped whole where all do not fit."""
         lens = [len(self._lines[i]) for i in history[::-1]]
         n_kept = int(np.searchsorted(np.cumsum(lens), self._room, side="right"))
         kept = history[len(history) - n_kept:]
-        return Prompt(self._start + [t for i in kept for t in self._lines[i]], len(history) - n_kept)
+        ids = [*self._start, *(t for i in kept for t in self._lines[i]), *self._before_target]
+        return Prompt(ids, len(history) - n_kept)

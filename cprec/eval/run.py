@@ -31,7 +31,7 @@ from cprec import dist
 from cprec.errors import ConfigError, DataError, did_you_mean, raise_all
 from cprec.eval.baselines import BASELINES, rank_by_baseline
 from cprec.eval.metrics import Ranked
-from cprec.eval.queries import DomainQueries, Prompts, load_queries
+from cprec.eval.queries import DomainQueries, Prompts, encode_lines, load_queries
 from cprec.eval.rank import rank_query
 from cprec.eval.results import INPUTS, RESULT_SCHEMA, DomainSummary, EvalInputs, EvalManifest, read_evaluation
 from cprec.eval.tree_attention import TREE_ATTENTION
@@ -186,7 +186,7 @@ def _model_ranker(folder: Path, template: Template, options: EvalOptions) -> Ran
 def _prompts(queries: DomainQueries, template: Template, tokenizer: Tokenizer,
              context: int) -> tuple[Prompts, list[list[int]]]:
     """Prompts that leave room for the longest line of the catalogue, and the lines."""
-    lines = tokenizer.encode_lines(queries.catalogue.lines)
+    lines = encode_lines(template, tokenizer, queries.catalogue.lines)
     return Prompts(template, tokenizer, lines, max_tokens=context - max(len(line) for line in lines)), lines
 
 

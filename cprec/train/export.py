@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from cprec.config import RunConfig
 from cprec.errors import CheckpointError
+from cprec.format import Template
 from cprec.log import get_logger
 from cprec.train.checkpoint import Checkpoint, read_run_config, verify_checkpoint
 from cprec.train.engine import consolidated_weights
@@ -78,11 +79,19 @@ def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
         f"CPRec (after arXiv:2504.08949).", "",
         f"- step {s.step:,}, {s.tokens_seen:,} tokens seen, {s.phase} phase next, {lineage}",
         f"- Warmup-Stable-Annealing: {schedule}",
-        f"- prompt template: {data.template.lead_in!r}, then one line per item",
+        f"- prompt template {data.template.name!r}: {_shape(data.template)}" if data.template else "- plain text only",
         f"- leak audit of the training data: {'passed' if data.is_audited else 'not passed'}",
         "", "| training corpus | documents | tokens |", "|---|---:|---:|", *rows, "",
         "| validation corpus | nats per token |", "|---|---:|", *losses, "",
     ])
+
+
+def _shape(template: Template) -> str:
+    """The template in words."""
+    target = ("" if template.before_target is None else
+              f", {template.before_target!r} before the last item, which alone (with what follows) carries loss")
+    tail = f", {template.tail!r}" if template.tail else ""
+    return f"{template.lead_in!r}, then {template.item!r} per item{target}{tail}"
 
 
 def _check_same(out: Path, origin: dict[str, Any]) -> None:

@@ -36,7 +36,8 @@ class DataRecord(Settings):
     """The data of a run, as `data.json` in its folder. A run never goes on with other data than it began with."""
 
     split_hash: str
-    template: Template
+    template: Template | None
+    """None where all of it is plain text."""
     is_audited: bool
     corpora: dict[str, CorpusRecord]
 
@@ -75,7 +76,8 @@ class Plan:
         first = next(iter(self.train.values()))
         corpora = {name: CorpusRecord(n_documents=m.n_documents, n_tokens=m.n_tokens, rows_hash=_rows_hash(m))
                    for name, m in self.train.items()}
-        return DataRecord(split_hash=first.split_hash, template=first.template, corpora=corpora,
+        return DataRecord(split_hash=first.split_hash, corpora=corpora,
+                          template=next((m.template for m in self.train.values() if m.template), None),
                           is_audited=all(m.audit is not None and m.audit.passed for m in self.train.values()))
 
     def checkpoint_steps(self) -> list[int]:

@@ -15,7 +15,7 @@ from cprec.errors import DataError
 from data_prep.config import Columns, Dataset
 from data_prep.mapping import Table, event_fields, item_fields, map_interactions, map_items
 from data_prep.records import Counts
-from data_prep.sources import Field, Input, Inputs, Reader, Source, beside, find, named
+from data_prep.sources import Field, Input, Inputs, Reader, Source, beside, find, find_one, named
 
 GENRES = ("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama",
           "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western")
@@ -70,12 +70,7 @@ def parse(dataset: Dataset, events: Table, items: Table, counts: Counts) -> tupl
 
 
 def _movies(dataset: Dataset, edition: Edition, ratings: Source) -> Source:
-    if dataset.items is None:
-        return beside(ratings, edition.movies)
-    files = find(dataset.items)
-    if len(files) != 1:
-        raise DataError(f"{dataset.items}: MovieLens has one file of movies, found {len(files)}; name the file")
-    return files[0]
+    return beside(ratings, edition.movies) if dataset.items is None else find_one(dataset.items)
 
 
 def _genres(items: Table) -> Any:

@@ -12,7 +12,7 @@ from cprec.errors import DataError
 from data_prep.config import Dataset
 from data_prep.mapping import Table, event_fields, item_fields, map_interactions, map_items
 from data_prep.records import Counts
-from data_prep.sources import Field, Input, Inputs, Reader, Source, beside, find, named
+from data_prep.sources import Field, Input, Inputs, Reader, Source, beside, find, find_one, named
 
 TITLE_NAMES = ("movie_title", "title", "name", "item_name")
 CATEGORY_NAMES = ("category", "categories", "class", "genre")
@@ -21,7 +21,7 @@ CATEGORY_NAMES = ("category", "categories", "class", "genre")
 def inputs(dataset: Dataset) -> Inputs:
     """The two files it reads. Raises DataError when one is missing."""
     inter = _inter_file(dataset)
-    item = find(dataset.items)[0] if dataset.items else beside(inter, f"{_stem(inter)}.item")
+    item = find_one(dataset.items) if dataset.items else beside(inter, f"{_stem(inter)}.item")
     events = event_fields(dataset.columns)
     items = item_fields(dataset.columns, title=TITLE_NAMES, category=CATEGORY_NAMES)
     return Inputs(events=(_input(inter, events, dataset),), items=(_input(item, items, dataset),))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -133,6 +135,20 @@ def test_the_training_models_row_losses_are_the_summed_losses_of_the_documents(f
                            row.real_doc_lens.tolist())
         expected = sum(float(lm(d[None], labels=d[None]).loss.detach()) * (len(d) - 1) for d in docs if len(d) > 1)
         assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_of_a_masked_row_is_that_of_its_masked_tokens(folder: Path) -> None:
+    rng = np.random.default_rng(5)
+    rows = [replace(row, loss_mask=rng.random(tiny.SEQ_LEN) < 0.3) for row in PackedCorpus(folder / "packed/a")]
+    found = load(folder / "model")(collate(rows, [0, 0, 0, 0]))  # type: ignore[operator]
+    lm = AutoModelForCausalLM.from_pretrained(folder / "model")
+    for row, loss in zip(rows, found, strict=True):
+        expected = 0.0
+        for end, n in zip(np.cumsum(row.real_doc_lens), row.real_doc_lens, strict=True):
+            ids = torch.from_numpy(row.input_ids[end - n:end].astype("int64"))
+            log_probs = lm(ids[None]).logits[0].detach().log_softmax(-1)
+            expected -= sum(float(log_probs[t - 1, ids[t]]) for t in range(1, n) if row.loss_mask[end - n + t])
+        assert float(loss) == pytest.approx(expected, rel=1e-5) and expected > 0
 
 
 def test_activation_checkpointing_changes_no_gradient(folder: Path) -> None:

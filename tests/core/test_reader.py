@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import tiny
 
@@ -13,7 +14,16 @@ from cprec.data.collate import collate
 from cprec.data.dataset import PackedDataset, open_manifests
 from cprec.data.sampler import Phase, Sampler, quotas_of
 from cprec.errors import DataError
-from cprec.format import PackedCorpus, Row, row_cost
+from cprec.format import (
+    Manifest,
+    PackedCorpus,
+    PackedRows,
+    Row,
+    TokenizerInfo,
+    row_cost,
+    write_manifest,
+    write_shard,
+)
 from cprec.loss import IGNORE_INDEX as X
 
 
@@ -33,6 +43,58 @@ def test_a_batch_has_the_labels_positions_and_borders_worked_out_by_hand() -> No
     assert (batch.max_seqlen, batch.n_valid, batch.n_pad) == (4, 6, 2)
     assert batch.n_valid_by_row.tolist() == [4, 2] and batch.corpus.tolist() == [7, 8]
     assert row_cost(rows[1].doc_lens) == 9 + 1 + 4
+
+
+def test_with_a_loss_mask_only_its_tokens_are_labels() -> None:
+    # one document "lead-in 5, item 6, target 7, end 1", one "lead-in 8, target 9, end 1", padding 1 1
+    ids, lens = np.array([5, 6, 7, 1, 8, 9, 1, 1, 1], dtype=np.uint16), np.array([4, 3, 2], dtype=np.int32)
+    mask = np.array([0, 0, 1, 1, 0, 1, 1, 0, 0], dtype=np.bool_)
+    plain = Row(ids, lens, np.array([0, 1]), 2)
+    masked = Row(ids, lens, np.array([0, 1]), 2, mask)
+    batch = collate([masked, plain], [0, 0])
+    assert batch.labels.tolist() == [
+        [X, 7, 1, X, 9, 1, X, X, X],
+        [6, 7, 1, X, 9, 1, X, X, X],
+    ]
+    assert batch.n_valid_by_row.tolist() == [4, 5] and batch.n_valid == 9
+    # a mask over a document's first token and over padding makes no labels of them
+    everything = Row(ids, lens, np.array([0, 1]), 2, np.ones(9, dtype=np.bool_))
+    assert collate([everything], [0]).labels.tolist() == collate([plain], [0]).labels.tolist()
+    assert (mask == [0, 0, 1, 1, 0, 1, 1, 0, 0]).all()  # what was given is as it was
+
+
+def shard_with_mask(folder: Path, *, has_loss_mask: bool) -> npt.NDArray[np.bool_]:
+    """A corpus of 5 rows of 9 tokens with a seeded mask; its manifest says `has_loss_mask`."""
+    rng = np.random.default_rng(3)
+    mask = rng.random((5, 9)) < 0.5
+    folder.mkdir()
+    lens = np.full(5, 9, dtype=np.int32)
+    info = write_shard(folder / "shard-00000.arrow", PackedRows(
+        np.full((5, 9), 2, dtype=np.uint16), lens, np.ones(5, np.int64), np.arange(5), np.ones(5, np.int64),
+        np.zeros(5, np.int32), mask))
+    write_manifest(folder, Manifest(
+        corpus="a", kind="train", seq_len=9, dtype="uint16", n_rows=5, n_tokens=45, n_pad=0, n_documents=5,
+        n_documents_by_domain={"a": 5}, sum_squared_doc_lens=405, seed=0, split_hash="0", max_timestamp_ms=0,
+        sources={}, template=tiny.TEMPLATE, template_hash=tiny.TEMPLATE.hash, has_loss_mask=has_loss_mask,
+        shards=[info], tokenizer=TokenizerInfo(name="t", fingerprint="0", vocab_size=9, eos_id=1, pad_id=1)))
+    return mask
+
+
+def test_a_loss_mask_reads_back_as_written(tmp_path: Path) -> None:
+    mask = shard_with_mask(tmp_path / "a", has_loss_mask=True)
+    corpus = PackedCorpus(tmp_path / "a")
+    assert [row.loss_mask.tolist() for row in corpus if row.loss_mask is not None] == mask.tolist()
+    sampler = Sampler(("a",), (5,), (Phase(0, quotas_of([1])),), seed=3)
+    reader = PackedDataset(tmp_path, sampler, global_batch_size=4, micro_batch_size=2, rank=0, world_size=1)
+    step = reader.step(0)
+    read = [int(i) for i in sampler.rows(0, 4).row]
+    assert step.n_valid == sum(b.n_valid for b in step.batches) == mask[read, 1:].sum()
+
+
+def test_a_shard_that_lacks_the_mask_of_its_manifest_is_refused(tmp_path: Path) -> None:
+    shard_with_mask(tmp_path / "a", has_loss_mask=False)
+    with pytest.raises(DataError, match=r"has_loss_mask=False, columns input_ids, .*loss_mask; prepare"):
+        PackedCorpus(tmp_path / "a")[0]
 
 
 @pytest.fixture(scope="module")

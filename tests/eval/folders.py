@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from cprec.format import MANIFEST, QueriesManifest, Template, file_hash
 
-TEMPLATE = Template(name="test", version=1, lead_in="Chosen:\n", item_line="{title}\n")
+TEMPLATE = Template(name="test", version=1, lead_in="Chosen:\n", item="{title}\n")
 
 
 @dataclass(frozen=True)
@@ -40,26 +40,28 @@ class Shop:
     first_ts: list[int] = field(default_factory=list)
 
 
-def write_queries(folder: Path, shops: dict[str, Shop], *, seen: Literal["exclude", "include"] = "exclude") -> Path:
+def write_queries(folder: Path, shops: dict[str, Shop], *, seen: Literal["exclude", "include"] = "exclude",
+                  template: Template = TEMPLATE) -> Path:
     """Write a queries folder as preparation does, manifest and hashes included."""
     folder.mkdir(parents=True)
     for domain, shop in shops.items():
-        _write_shop(folder, domain, shop)
+        _write_shop(folder, domain, shop, template)
     manifest = QueriesManifest(
         domains={d: s.kind for d, s in shops.items()}, n_queries={d: len(s.queries) for d, s in shops.items()},
-        n_items={d: len(s.titles) for d, s in shops.items()}, template=TEMPLATE, split={"t_valid": 500, "t_test": 800},
+        n_items={d: len(s.titles) for d, s in shops.items()}, template=template, split={"t_valid": 500, "t_test": 800},
         split_hash="s" * 32, regime="overlap", target="first", seen=seen, max_history=50, seed=17,
         files={p.name: file_hash(p) for p in sorted(folder.glob("*.parquet"))})
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     return folder
 
 
-def _write_shop(folder: Path, domain: str, shop: Shop) -> None:
+def _write_shop(folder: Path, domain: str, shop: Shop, template: Template) -> None:
     n = len(shop.titles)
     numbers = pa.list_(pa.int32())
     pq.write_table(pa.table({
         "item": pa.array(range(n), pa.int32()), "item_id": [f"i{i}" for i in range(n)], "title": shop.titles,
-        "line": [f"{t}\n" for t in shop.titles], "n_train": pa.array(shop.n_train or [1] * n, pa.int64()),
+        "line": [template.line({"title": t, "domain": domain}) for t in shop.titles],
+        "n_train": pa.array(shop.n_train or [1] * n, pa.int64()),
         "first_ts": pa.array(shop.first_ts or [0] * n, pa.int64()),
     }), folder / f"{domain}.items.parquet")
     q = shop.queries

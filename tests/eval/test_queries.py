@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cprec.errors import ConfigError, DataError
-from cprec.eval.queries import Prompts, load_queries
-from cprec.format import MANIFEST, QueriesManifest, file_hash
+from cprec.eval.queries import Prompts, encode_lines, load_queries
+from cprec.format import MANIFEST, QueriesManifest, Template, file_hash
 from cprec.tokenizer import Tokenizer, load_tokenizer
 from tests.eval.folders import TEMPLATE, Query, Shop, write_queries, write_tokenizer
 
@@ -88,7 +89,7 @@ def test_a_file_that_does_not_fit_its_schema_is_refused(
 
 
 def test_prompt_is_the_lead_in_and_the_lines_as_one_text(tokenizer: Tokenizer) -> None:
-    lines = tokenizer.encode_lines([f"{t}\n" for t in TITLES])
+    lines = encode_lines(TEMPLATE, tokenizer, [f"{t}\n" for t in TITLES])
     prompt = Prompts(TEMPLATE, tokenizer, lines, max_tokens=100).prompt(np.array([2, 0]))
     assert tokenizer.decode(prompt.ids) == "Chosen:\nOat milk\nMilk\n"
     assert prompt.ids == tokenizer.encode(["Chosen:\nOat milk\nMilk\n"])[0]
@@ -103,9 +104,32 @@ def test_prompt_is_the_lead_in_and_the_lines_as_one_text(tokenizer: Tokenizer) -
 ])
 def test_a_long_prompt_drops_its_oldest_items_whole(
         tokenizer: Tokenizer, max_tokens: int, text: str, n_dropped: int) -> None:
-    lines = tokenizer.encode_lines([f"{t}\n" for t in TITLES])
+    lines = encode_lines(TEMPLATE, tokenizer, [f"{t}\n" for t in TITLES])
     prompt = Prompts(TEMPLATE, tokenizer, lines, max_tokens=max_tokens).prompt(np.array([2, 0]))
     assert (tokenizer.decode(prompt.ids), prompt.n_dropped) == (text, n_dropped)
+
+
+def test_the_prompt_of_a_supervised_template_ends_with_what_stands_before_the_target(tokenizer: Tokenizer) -> None:
+    template = Template(name="own", lead_in="Chosen:", item=" {title};", before_target=" Then:", tail=" Done")
+    lines = encode_lines(template, tokenizer, [f" {t};" for t in TITLES])
+    # 7 + 6 bytes of frame, 10 of " Oat milk;", 6 of " Milk;"
+    for max_tokens, text, n_dropped in ((29, "Chosen: Oat milk; Milk; Then:", 0), (28, "Chosen: Milk; Then:", 1),
+                                        (18, "Chosen: Then:", 2)):
+        prompt = Prompts(template, tokenizer, lines, max_tokens=max_tokens).prompt(np.array([2, 0]))
+        assert (tokenizer.decode(prompt.ids), prompt.n_dropped) == (text, n_dropped)
+    with pytest.raises(ConfigError, match=r"at most 12 tokens cannot hold the lead-in of template 'own' \(13 tokens\)"):
+        Prompts(template, tokenizer, lines, max_tokens=12)
+
+
+def test_an_item_that_a_tokenizer_encodes_otherwise_as_a_target_is_refused(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "merging")
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["model"]["vocab"] |= {":Ċ": 300, ":ĊM": 301}
+    spec["model"]["merges"] = [[":", "Ċ"], [":Ċ", "M"]]
+    spec["pre_tokenizer"]["use_regex"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    with pytest.raises(DataError, match=r"merges 'Chosen:\\n' with 'Milk\\n' behind it.*titles cannot be ranked"):
+        encode_lines(TEMPLATE, load_tokenizer(str(folder)), ["Milk\n"])
 
 
 def test_a_context_too_short_for_the_lead_in_is_refused(tokenizer: Tokenizer) -> None:
@@ -123,7 +147,7 @@ def test_sentencepiece_lines_are_encoded_as_they_stand_in_a_text(tmp_path: Path)
         byte_fallback=True, normalization_rule_name="identity", num_threads=1, minloglevel=2)
     tokenizer = load_tokenizer(str(tmp_path / "sp.model"))
     assert tokenizer.bos_id is not None
-    lines = tokenizer.encode_lines([f"{t}\n" for t in TITLES])
+    lines = encode_lines(TEMPLATE, tokenizer, [f"{t}\n" for t in TITLES])
     prompt = Prompts(TEMPLATE, tokenizer, lines, max_tokens=100).prompt(np.array([1, 2]))
     # the dummy space that SentencePiece puts before a text comes once, at the lead-in
     assert prompt.ids == [tokenizer.bos_id, *tokenizer.encode(["Chosen:\nBread\nOat milk\n"])[0]]

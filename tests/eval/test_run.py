@@ -20,9 +20,10 @@ from cprec.eval.metrics import METRICS
 from cprec.eval.queries import load_queries
 from cprec.eval.report import make_report, to_text, write_report
 from cprec.eval.run import EvalOptions, evaluate
-from cprec.format import MANIFEST
+from cprec.format import MANIFEST, Template
 from cprec.tokenizer import load_tokenizer
-from tests.eval.folders import TOKENIZER_VOCAB, Query, Shop, write_queries, write_tokenizer
+from data_prep.templates import TEMPLATES
+from tests.eval.folders import TEMPLATE, TOKENIZER_VOCAB, Query, Shop, write_queries, write_tokenizer
 from tests.eval.models import plain_scores, random_model
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,7 +34,6 @@ FOOD = Shop(TITLES, [
 ], n_train=[9, 8, 7, 6, 5, 4, 3, 2, 1, 1, 1, 0], first_ts=[0] * 10 + [400, 0])
 TOYS = Shop([f"Toy {i}" for i in range(14)], [Query("u0", [1, 2], 3), Query("u9", [5], 13)], kind="unseen",
             n_train=list(range(14)))
-LINES = [f"{t}\n" for t in TITLES]
 
 
 @pytest.fixture(scope="session")
@@ -53,15 +53,20 @@ def options(tmp_path: Path, queries: Path, model_folder: Path) -> EvalOptions:
     return EvalOptions(queries=str(queries), out=str(tmp_path / "eval"), model=str(model_folder), dtype="float64")
 
 
-def test_results_are_those_of_scoring_every_line_by_a_plain_forward(options: EvalOptions, queries: Path) -> None:
-    manifest = evaluate(options)
+@pytest.mark.parametrize("template", [TEMPLATE, *TEMPLATES.values()], ids=lambda t: t.name)
+def test_results_are_those_of_scoring_every_line_by_a_plain_forward(
+        options: EvalOptions, tmp_path: Path, template: Template) -> None:
+    queries = write_queries(tmp_path / "of_template", {"food": FOOD, "toys": TOYS}, template=template)
+    manifest = evaluate(replace(options, queries=str(queries)))
     results = pq.read_table(Path(options.out) / "food.parquet").to_pylist()
     plain = random_model("qwen2", vocab_size=TOKENIZER_VOCAB, dtype=torch.float32, spread=0.15, attention="sdpa")
     plain.double()
     tokenizer, q = load_tokenizer(str(options.model)), load_queries(queries, "food")
+    lines = [template.line({"title": t, "domain": "food"}) for t in TITLES]
     for i, query in enumerate(FOOD.queries):
-        prompt = tokenizer.encode(["Chosen:\n" + "".join(LINES[h] for h in query.history)])[0]
-        scores = np.array(plain_scores(plain, prompt, tokenizer.encode_lines(LINES)))
+        prompt = tokenizer.encode([template.lead_in + "".join(lines[h] for h in query.history)
+                                   + (template.before_target or "")])[0]
+        scores = np.array(plain_scores(plain, prompt, tokenizer.encode(lines)))  # of bytes: the same ids everywhere
         allowed = q.candidates(i)
         others = np.delete(np.arange(12), query.target)
         others = others[allowed[others]]

@@ -6,6 +6,7 @@ import importlib.metadata
 import shutil
 from pathlib import Path
 
+import byte_bpe
 import pytest
 import shops
 
@@ -42,8 +43,26 @@ def tiny_tokenizer(prepared: Path) -> str:
 
 @pytest.fixture(scope="session")
 def mistral_tokenizer(shared_data: Path) -> str:
-    """Mistral's SentencePiece model: 32,000 pieces, a space put before the text."""
+    """Mistral's first SentencePiece model: 32,000 pieces, a space put before the text."""
     return str(shared_data / "tokenizers" / "mistral_tokenizer_v1_32000.model")
+
+
+@pytest.fixture(scope="session")
+def mistral_v3_tokenizer(shared_data: Path) -> str:
+    """Mistral's third SentencePiece model: 32,768 pieces, of which [INST] and the like are control."""
+    return str(shared_data / "tokenizers" / "mistral_tokenizer_v3_32768.model")
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Qwen 2's byte-level BPE."""
+    return str(byte_bpe.write_qwen(tmp_path_factory.mktemp("bpe") / "qwen"))
+
+
+@pytest.fixture(scope="session")
+def tekken_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Mistral's byte-level BPE."""
+    return str(byte_bpe.write_tekken(tmp_path_factory.mktemp("bpe") / "tekken"))
 
 
 @pytest.fixture(scope="session")

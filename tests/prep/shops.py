@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from cprec.settings import parse_settings
 from data_prep.config import PrepConfig
 from data_prep.engine import Engine, write_parquet
+from data_prep.engines.duckdb import DuckDBEngine
 from data_prep.records import INTERACTIONS, ITEMS
 
 DAY_MS = 86_400_000
@@ -24,7 +25,7 @@ N_USERS = 40
 
 def engine(folder: Path) -> Engine:
     """A small engine that spills below `folder`."""
-    return Engine(memory_limit="500MB", threads=1, spill=folder / "spill")
+    return DuckDBEngine(memory_limit="500MB", threads=1, spill=folder / "spill")
 
 
 def title(domain: str, i: int, rng: np.random.Generator) -> str:
@@ -94,3 +95,56 @@ def bytes_below(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` by its relative name, but pictures and the config, which says where and by how many."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
             if p.is_file() and p.name != "config.yaml" and p.suffix != ".png"}
+
+
+NASTY = {"_ toys [new], 1*": 8, "Bücher & Co's": 8, "garden {x}\\": 8}
+"""Domains whose names mean something to a shell, to SQL, to a pattern, or hide a file."""
+
+
+def write_nasty_shop(folder: Path, *, seed: int = 3) -> None:
+    """`events.parquet` and `items.parquet` of the shops `NASTY`: all that engines may take differently.
+
+    Ties of time, repeated events with other ratings (also none, NaN, both zeros, infinity, text), ids and users that
+    are null, empty, of spaces, of letters beyond the first plane or in quotes, titles that need cleaning, items twice.
+    """
+    rng = np.random.default_rng(seed)
+    odd = ["", " ", "É", "e\u0301", "ß", "SS", "İ", "😀", "\uffff", "𝒜", "a'b", 'a"b', "a\\b", "null", "\x1f", "%s",
+           "1.0"]
+    users = [f"u{u}" for u in range(20)] + odd
+    domains = list(NASTY)
+    items = [f"i{i}" for i in range(12)] + odd
+    n = 1500
+    ratings = ["5", "4.5", " 3 ", "nan", "inf", "-0.0", "0", "1e400", "5f", "0x1p3", "1_0", None, "", "0.1"]
+    days = START_MS + DAY_MS * rng.integers(0, 40, n)
+    events = {
+        "user_id": [None if u == 0 else users[u] for u in rng.integers(0, len(users), n)],
+        "shop": [None if d == 3 else domains[d] for d in rng.integers(0, 4, n)],
+        "item_id": [None if i == 1 else items[i] for i in rng.integers(0, len(items), n)],
+        "timestamp": [None if t % 97 == 0 else float("nan") if t % 89 == 0 else -1.0 if t % 83 == 0 else float(t)
+                      for t in (days + rng.integers(0, 3, n) * rng.integers(0, 2, n)).tolist()],
+        "rating": [ratings[r] for r in rng.integers(0, len(ratings), n)],
+    }
+    titles = ["Red &amp; blue", " Tabs\tand\nlines ", "the ßig one", "THE SSIG ONE", "ﬁne", "fine", None, "",
+              "a\u00a0b", "日本 語"]
+    rows = [(d, i, titles[rng.integers(0, len(titles))] if rng.random() < 0.3 else f"{d} {n} {i!r}")
+            for d in domains for n, i in enumerate([*items, *items[:5]])]
+    rows += [(None, "i3", "nowhere"), (domains[0], None, "nameless")]
+    write = {"shop": [r[0] for r in rows], "item_id": [r[1] for r in rows], "title": [r[2] for r in rows],
+             "brand": [None if n % 3 else f"b{n % 4}" for n in range(len(rows))]}
+    pq.write_table(pa.table(events), folder / "events.parquet")
+    pq.write_table(pa.table(write), folder / "items.parquet")
+
+
+def nasty_values(raw: Path, out: Path, engine: dict[str, Any]) -> dict[str, Any]:
+    """A config for the nasty shop; every optional rule on."""
+    domains = list(NASTY)
+    return {
+        "out": str(out), "workers": 1, "engine": engine,
+        "datasets": [{"parser": "tabular", "path": str(raw / "events.parquet"), "items": str(raw / "items.parquet"),
+                      "columns": {"domain": "shop", "timestamp_unit": "ms"}}],
+        "domains": {"pretrain": domains[:2], "unseen": domains[2:]},
+        "clean": {"untitled_items": "drop", "merge_same_titles": True, "min_user_events": 3, "min_item_events": 2},
+        "regime": "overlap", "sequences": {"min_items": 2, "max_items": 6}, "tokenizer": {"train_vocab_size": 512},
+        "pack": {"seq_len": 256, "shard_rows": 8, "window": 64},
+        "queries": {"max_per_domain": 10, "min_history": 2},
+    }

@@ -107,7 +107,7 @@ def run_clean(tmp_path: Path, settings: CleanSettings) -> tuple[Layout, dict[str
         ("u1", "books", "b3", 11),  # no title
         ("u1", "books", "b4", 12),  # its title is in the garden
         ("u1", "books", "b5", 13), ("u1", "books", "b9", 14),  # b9: no such item
-        ("u1", "books", "b5", 0),  # time
+        ("u1", "books", "b5", 0), ("u1", "books", "b5", -86_400_000),  # no time after 1970
         ("u1", "garden", "g1", 15), ("u1", "music", "m1", 16)])
     engine = shops.engine(tmp_path)
     counts = clean(engine, layout, settings, corpora=CORPORA, seed=1)
@@ -118,10 +118,10 @@ def run_clean(tmp_path: Path, settings: CleanSettings) -> tuple[Layout, dict[str
 def test_each_unusable_row_is_dropped_for_its_own_counted_reason(tmp_path: Path) -> None:
     layout, counts = run_clean(tmp_path, CleanSettings(untitled_items="drop"))
     assert {k: v for k, v in counts.items() if k.startswith("events")} == {
-        "events read": 10,
+        "events read": 11,
         "events dropped: its domain is not chosen": 1,
         "events dropped: its item has no title": 1,
-        "events dropped: its time is not positive": 1,
+        "events dropped: its time is not positive": 2,
         "events dropped: its title is in an unseen domain's catalogue": 1,
         "events dropped: the catalogue has no such item": 1,
         "events dropped: the same user, item and time again": 1,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ingesting import events_of, ingested, items_of, parse
 
@@ -98,6 +99,7 @@ def test_amazon_ratings_whose_columns_are_not_clear_are_refused_until_the_config
     ({"parser": "tabular", "layout": "item_user"}, ConfigError, "layout=item_user is of parser amazon only"),
     ({"parser": "movielens", "encoding": "latin-1"}, ConfigError, "parser movielens knows its own"),
     ({"parser": "movielens", "columns": {"title": "t"}}, ConfigError, "columns.title cannot be set"),
+    ({"parser": "complete_journey", "items": "x"}, ConfigError, "items=x cannot be set"),
     ({"parser": "tabular", "encoding": "utf-16"}, ConfigError, "no encoding in which a line ends as in ASCII"),
     ({"parser": "tabular", "encoding": "klingon"}, ConfigError, "encoding='klingon': no encoding"),
 ])
@@ -105,6 +107,20 @@ def test_what_a_parser_needs_or_does_not_heed_is_said(
         tmp_path: Path, values: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         parse(tmp_path, path=str(tmp_path), **values)
+
+
+def test_metadata_that_is_broken_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json_lines(REVIEWS_2018))
+    (tmp_path / "meta.json.gz").write_bytes(gzip.compress(META_2014.encode())[:-5])
+    with pytest.raises(DataError, match=r"meta\.json\.gz: broken, its compressed data end early"):
+        parse(tmp_path, parser="amazon", domain="d", path=str(tmp_path / "r.json"), items=str(tmp_path / "*.gz"))
+
+
+def test_two_files_where_one_is_meant_are_refused(tmp_path: Path) -> None:
+    for name, text in MOVIELENS["100k"].items():
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"u\.\* means 2 files .*name the one"):
+        parse(tmp_path, parser="movielens", path=str(tmp_path), items=f"{tmp_path}/u.*")
 
 
 def test_metadata_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -162,6 +178,14 @@ def test_tabular_reads_json_lines_and_globs_of_several_kinds_of_text(tmp_path: P
                                    "title": "name", "brand": "maker"})
     assert events_of(events) == [("7", "shop", "x", 1_500_000_000_000, 1.0), ("b", "shop", "y", 5, 2.5)]
     assert items_of(items) == [("shop", "x", "An X", "M", None), ("shop", "y", 'A "Y"', None, None)]
+
+
+def test_a_list_in_parquet_is_a_category_path_too(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user_id": ["u"], "item_id": ["x"], "timestamp": [5]}), tmp_path / "e.parquet")
+    pq.write_table(pa.table({"item_id": ["x"], "title": ["X"], "category": [["A", "B"]]}), tmp_path / "i.parquet")
+    _, items = parse(tmp_path, parser="tabular", domain="d", path=str(tmp_path / "e.parquet"),
+                     items=str(tmp_path / "i.parquet"))
+    assert items_of(items) == [("d", "x", "X", None, "A > B")]
 
 
 def test_tabular_refuses_parquet_among_text_and_files_of_no_known_kind(tmp_path: Path) -> None:

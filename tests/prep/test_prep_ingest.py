@@ -16,7 +16,7 @@ import shops
 from cprec.errors import ConfigError, DataError
 from data_prep.ingest import ingest
 from data_prep.pipeline import Preparation, finished_stages, prepare
-from data_prep.records import Counts, Stamp, write_report
+from data_prep.records import Counts
 from data_prep.replay import clean_text, replay_texts
 from data_prep.workers import Workers
 
@@ -140,6 +140,6 @@ def test_ingest_counts_files_rows_and_what_was_set_aside(raw: Path, tmp_path: Pa
     assert counts["source files read"] == 10 and counts["events"] == 60 * sum(shops.SHOPS.values())
     assert counts[f"{books}: malformed lines set aside"] == 1
     assert any("line 1801: '{\"user_id\": \"|cut'" in reason for reason in counts)
-    stamp = Stamp(stage="ingest", settings={}, inputs={}, outputs={}, counts=counts, key="")
-    write_report(tmp_path, {"ingest": stamp})
-    assert "malformed line 1801: '{\"user_id\": \"\\|cut'" in (tmp_path / "report.md").read_text()
+    prepare(shops.config(values))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "malformed line 1801: '{\"user_id\": \"\\|cut'" in report

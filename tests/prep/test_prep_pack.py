@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shops
@@ -16,41 +17,73 @@ from hypothesis import strategies as st
 from cprec.errors import DataError
 from cprec.format import PackedCorpus, list_corpora
 from cprec.tokenizer import load_tokenizer
-from data_prep.pack import best_fit_decreasing, cut_to_fit, plan_documents, plan_rows
+from data_prep.pack import gathered_documents
 from data_prep.pipeline import prepare
+from data_prep.plan import PACK_MODES, Documents, RowPlan, best_fit, concat, cut_to_fit, one_per_row
 from data_prep.ragged import ragged
+from data_prep.rows import FromSegments, fill_rows
 from data_prep.templates import TEMPLATES
 
 LEAD_IN = TEMPLATES["cprec"].lead_in
 
 
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=120), capacity=st.just(40))
+def rows_of(plan: RowPlan) -> list[list[int]]:
+    """Documents of each row."""
+    return [d.tolist() for d in np.split(plan.docs, np.cumsum(plan.pieces_per_row)[:-1])]
+
+
+def one_by_one(lengths: list[int], *, seq_len: int) -> list[list[int]]:
+    """Best-fit decreasing as its definition says: each document into the fullest row that takes it, of several into
+    the one that changed last."""
+    rows: list[list[int]] = []
+    for n in sorted(lengths, reverse=True):
+        fitting = [r for r in reversed(rows) if sum(r) + n <= seq_len]
+        row = max(fitting, key=sum) if fitting else []
+        rows = [r for r in rows if r is not row] + [row]
+        row.append(n)
+    return rows
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=120))
 @settings(deadline=None, derandomize=True)
-def test_bins_hold_everything_once_and_never_overflow(lengths: list[int], capacity: int) -> None:
-    bins = best_fit_decreasing(lengths, capacity=capacity)
-    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
-    used = [sum(lengths[i] for i in b) for b in bins]
-    assert max(used) <= capacity
-    # a bin is opened only for an item that no open bin could take: the earlier bins held too much of longer ones
-    for b, later in enumerate(bins):
-        opener = later[0]
-        longer = [[i for i in earlier if (-lengths[i], i) < (-lengths[opener], opener)] for earlier in bins[:b]]
-        assert all(sum(lengths[i] for i in held) + lengths[opener] > capacity for held in longer)
+def test_packing_equal_lengths_at_once_fills_rows_as_packing_one_by_one_does(lengths: list[int]) -> None:
+    plan = best_fit(np.array(lengths), seq_len=40)
+    rows = rows_of(plan)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert plan.n_tokens.tolist() == [lengths[i] for row in rows for i in row] and not plan.skips.any()
+    filled = [sorted((lengths[i] for i in row), reverse=True) for row in rows]
+    assert sorted(filled) == sorted(one_by_one(lengths, seq_len=40))
 
 
-@pytest.mark.parametrize(("lengths", "bins"), [
+@pytest.mark.parametrize(("lengths", "rows"), [
     ([4, 6, 5, 5], [[1, 0], [2, 3]]),  # 6+4, 5+5: both full
     ([7, 6, 3, 4], [[0, 2], [1, 3]]),  # 4 goes beside 6 (4 left), not 7 (3 left); 3 fills the 7 up
     ([10, 10], [[0], [1]]),
     ([2, 2, 2], [[0, 1, 2]]),
+    ([4, 4, 4, 2, 2], [[0, 1, 3], [2, 4]]),  # the third 4 opens a row; each 2 goes where less is left
 ])
-def test_best_fit_by_hand(lengths: list[int], bins: list[list[int]]) -> None:
-    assert best_fit_decreasing(lengths, capacity=10) == bins
+def test_best_fit_by_hand(lengths: list[int], rows: list[list[int]]) -> None:
+    assert rows_of(best_fit(np.array(lengths), seq_len=10)) == rows
 
 
-def test_rows_are_planned_window_by_window() -> None:
-    rows = plan_rows(np.array([6, 4, 4, 6]), seq_len=10, window=2)
-    assert rows == [[0, 1], [3, 2]]  # not [0, 2], which lies across the windows
+def test_documents_end_to_end_are_cut_where_a_row_ends() -> None:
+    plan = concat(np.array([4, 7, 12, 2]), seq_len=10)  # 25 tokens: borders at 4, 11, 23, 25 and 10, 20
+    assert rows_of(plan) == [[0, 1], [1, 2], [2, 3]]
+    assert plan.n_tokens.tolist() == [4, 6, 1, 9, 3, 2]
+    assert plan.skips.tolist() == [0, 0, 6, 0, 9, 0]
+
+
+def test_one_document_per_row() -> None:
+    assert rows_of(one_per_row(np.array([4, 7]), seq_len=10)) == [[0], [1]]
+
+
+@pytest.mark.parametrize("plan", PACK_MODES.values(), ids=PACK_MODES)
+def test_some_rows_of_a_plan_are_those_rows(plan: Callable[..., RowPlan]) -> None:
+    lengths = np.random.default_rng(3).integers(1, 33, 200)
+    whole = plan(lengths, seq_len=32)
+    parts = [whole.rows(first, 7) for first in range(0, len(whole.pieces_per_row), 7)]
+    for column in ("docs", "n_tokens", "skips", "pieces_per_row"):
+        assert np.array_equal(np.concatenate([getattr(p, column) for p in parts]), getattr(whole, column))
 
 
 @pytest.mark.parametrize(("tokens", "runs"), [
@@ -64,18 +97,49 @@ def test_long_histories_are_cut_at_item_borders(tokens: list[int], runs: list[tu
     assert cut_to_fit(tokens, room=10) == runs
 
 
-def test_documents_of_a_long_history_and_of_an_item_that_cannot_fit(tmp_path: Path) -> None:
-    # start 2, end 1 tokens; items of 3, 4 and 9 tokens; rows of 10: room 7
-    segments = ragged([[1, 1], [2], [5] * 3, [6] * 4, [7] * 9])
-    pq.write_table(pa.table({"history_id": [0, 1, 2], "items": pa.array([[0, 1], [0, 0, 0], [1, 2, 0]],
-                                                                        pa.list_(pa.int32())),
-                             "ts": [[1, 2], [3, 4, 5], [6, 7, 8]]}), tmp_path / "h.parquet")
-    made = plan_documents(tmp_path / "h.parquet", segments, seq_len=10)
-    assert made.history_id.tolist() == [0, 1, 1, 2, 2]
-    assert made.first_item.tolist() == [0, 0, 2, 0, 2]
+# start 2, end 1 tokens; items of 3, 4 and 9 tokens; rows of 10: room 7
+SEGMENTS = ragged([[1, 1], [2], [], [5] * 3, [6] * 4, [7] * 9])
+HISTORIES = [[0, 1], [0, 0, 0], [1, 2, 0]]
+
+
+def documents_of_histories(histories: list[list[int]], **how: Any) -> tuple[Documents, FromSegments]:
+    lengths = np.array([len(h) for h in histories])
+    items = np.array([i for h in histories for i in h], np.int32)
+    return gathered_documents(items, lengths, 70 + np.arange(len(histories)), seq_len=10, **how)
+
+
+def test_documents_of_a_long_history_and_of_an_item_that_cannot_fit() -> None:
+    made, source = documents_of_histories(HISTORIES, segments=SEGMENTS, has_target=False)
+    assert [divmod(i, 1 << 16) for i in made.ids.tolist()] == [(70, 0), (71, 0), (71, 2), (72, 0), (72, 2)]
     assert made.n_items.tolist() == [2, 2, 1, 1, 1]
     assert made.n_tokens.tolist() == [10, 9, 6, 7, 6]  # overhead of 3 each
-    assert made.dropped == {2: 1} and made.max_ts == 8
+    assert made.dropped == {2: 1}
+    assert source.tokens(np.array([4, 0])).tolist() == [1, 1, 5, 5, 5, 2, 1, 1, 5, 5, 5, 6, 6, 6, 6, 2]
+
+
+def test_a_target_stands_behind_its_segment_and_needs_a_history_before_it() -> None:
+    segments = ragged([[1], [2], [3], [5] * 3, [6] * 4, [7] * 9])  # room 7 again
+    made, source = documents_of_histories(HISTORIES, segments=segments, has_target=True)
+    assert [divmod(i, 1 << 16) for i in made.ids.tolist()] == [(70, 0), (71, 0)]
+    assert made.dropped == {0: 2, 1: 1, 2: 1}  # pieces of one item: nothing is left to be their history
+    assert source.tokens(np.array([0])).tolist() == [1, 5, 5, 5, 3, 6, 6, 6, 6, 2]
+    assert made.n_target_tokens.tolist() == [5, 4]  # the last item and the end
+    rows = fill_rows(best_fit(made.n_tokens, seq_len=10), made, source, seq_len=10, dtype="uint16", pad_id=0,
+                     has_loss_mask=True)
+    assert rows.loss_mask is not None
+    assert rows.input_ids.tolist() == [[1, 5, 5, 5, 3, 6, 6, 6, 6, 2], [1, 5, 5, 5, 3, 5, 5, 5, 2, 0][:10]]
+    assert rows.loss_mask.astype(int).tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1, 1, 1, 0]]
+
+
+def test_rows_of_documents_end_to_end_hold_every_token_in_order() -> None:
+    made, source = documents_of_histories(HISTORIES, segments=SEGMENTS, has_target=False)
+    stream = source.tokens(np.arange(5)).tolist()  # 38 tokens
+    plan = concat(made.n_tokens, seq_len=10)
+    rows = fill_rows(plan, made, source, seq_len=10, dtype="uint32", pad_id=9)
+    assert rows.input_ids.reshape(-1).tolist() == [*stream, 9, 9]
+    assert rows.doc_lens.tolist() == [10, 9, 1, 5, 5, 2, 6, 2] and rows.n_pad.tolist() == [0, 0, 0, 2]
+    later = fill_rows(plan.rows(1, 2), made, source, seq_len=10, dtype="uint32", pad_id=9)
+    assert later.input_ids.reshape(-1).tolist() == stream[10:30]
 
 
 def texts_by_document(out: Path, name: str) -> dict[int, list[int]]:
@@ -96,11 +160,15 @@ def expected_ids(out: Path, name: str, *, tokenizer_name: str) -> dict[int, list
     lines = pq.read_table(out / "catalogue.parquet")["line"].to_pylist()
     histories = pq.read_table(out / "histories" / f"{name}.parquet")["items"].to_pylist()
     expected = {}
-    for doc in pq.read_table(out / "packed" / name / "documents.parquet").to_pylist():
-        items = histories[doc["history_id"]][doc["first_item"]:doc["first_item"] + doc["n_items"]]
-        text = LEAD_IN + "".join(lines[i] for i in items)
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        expected[doc["doc_id"]] = [*bos, *tokenizer.encode([text])[0], tokenizer.eos_id]
+    starts: dict[int, list[int]] = {}
+    for doc_id in sorted(texts_by_document(out, name)):
+        starts.setdefault(doc_id >> 16, []).append(doc_id % (1 << 16))
+    assert sorted(starts) == list(range(len(histories)))
+    for history, firsts in starts.items():
+        for first, end in zip(firsts, [*firsts[1:], len(histories[history])], strict=True):
+            text = LEAD_IN + "".join(lines[i] for i in histories[history][first:end])
+            bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+            expected[history << 16 | first] = [*bos, *tokenizer.encode([text])[0], tokenizer.eos_id]
     return expected
 
 
@@ -143,9 +211,9 @@ def test_tokenizing_documents_whole_loses_no_item_and_gives_the_ids_of_the_text(
     for name in ("mixed", "specific/books", "valid/garden"):
         expected = expected_ids(tmp_path / "out", name, tokenizer_name=tiny_tokenizer)
         assert texts_by_document(tmp_path / "out", name) == expected, name
-        n_items = [sum(pq.read_table(out / "packed" / name / "documents.parquet")["n_items"].to_pylist())
-                   for out in (tmp_path / "out", prepared)]
-        assert n_items[0] == n_items[1]
+        n_events = [json.loads((out / "report.json").read_text())["pack"][f"{name}: events in them"]
+                    for out in (tmp_path / "out", prepared)]
+        assert n_events[0] == n_events[1]
 
 
 def test_rows_too_short_for_any_line_are_refused_with_the_way_out(values: dict[str, Any]) -> None:

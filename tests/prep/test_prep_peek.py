@@ -15,7 +15,7 @@ import pytest
 
 from cprec.data import peek
 from cprec.errors import DataError
-from cprec.format import PackedCorpus, Row
+from cprec.format import ITEM_BITS, PackedCorpus, Row
 from cprec.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -34,7 +34,6 @@ def of_several_documents(corpus: PackedCorpus) -> int:
 def test_a_row_is_shown_as_the_lines_of_its_documents_items(prepared: Path, mixed: PackedCorpus) -> None:
     i = of_several_documents(mixed)
     shown = "\n".join(peek.show_row(mixed, i, tokenizer=peek.tokenizer_of(mixed), ink=PLAIN))
-    documents = pq.read_table(mixed.folder / "documents.parquet").to_pylist()
     histories = pq.read_table(prepared / "histories" / "mixed.parquet")["items"].to_pylist()
     lines = pq.read_table(prepared / "catalogue.parquet")["line"].to_pylist()
     row, (shard, place) = mixed[i], mixed.locate(i)
@@ -42,10 +41,11 @@ def test_a_row_is_shown_as_the_lines_of_its_documents_items(prepared: Path, mixe
     bodies = [body for body in re.split(r"──── .*\n?", shown)[1:] if body]
     assert len(bodies) == len(row.doc_ids)
     for n, (doc_id, body) in enumerate(zip(row.doc_ids, bodies, strict=True)):
-        d = documents[doc_id]
-        items = histories[d["history_id"]][d["first_item"]:d["first_item"] + d["n_items"]]
+        history, first = divmod(int(doc_id), 1 << ITEM_BITS)
+        n_items = body.count("\n") - 1  # a line each, below the lead-in
+        items = histories[history][first:first + n_items]
         assert body.removesuffix("\n").endswith("\n" + "".join(lines[i] for i in items) + "</s>"), n
-        assert f"document {n}: id {doc_id}, {d['n_tokens']} tokens" in shown
+        assert f"document {n}: history {history} from item {first}, {row.doc_lens[n]} tokens" in shown
 
 
 def test_neighbouring_documents_differ_in_colour_and_every_colour_ends_with_its_line(mixed: PackedCorpus) -> None:
@@ -67,7 +67,7 @@ class MaskedRow(Row):
 
 def test_a_loss_mask_is_marked_in_the_text(tiny_tokenizer: str) -> None:
     tokenizer = load_tokenizer(tiny_tokenizer)
-    given, target = tokenizer.encode_lines(["red lamp\n", "blue kite\n"])
+    given, target = tokenizer.encode_after("x\n", ["red lamp\n", "blue kite\n"])
     mask = np.array([False] * len(given) + [True] * len(target))
     row = MaskedRow(input_ids=np.array([*given, *target], dtype=np.uint16), doc_ids=np.array([0]), n_pad=0,
                     doc_lens=np.array([len(mask)], dtype=np.int32), loss_mask=mask)
@@ -117,12 +117,12 @@ def test_the_root_lists_all_corpora_and_is_no_place_for_a_row(prepared: Path) ->
 def test_every_altered_or_missing_shard_is_named(copy_of_prepared: Path) -> None:
     packed = copy_of_prepared / "packed"
     assert peek.verify(peek.find_corpora(packed)).startswith("verified: ")
-    shard = packed / "mixed" / "shard-00001.arrow"
+    shard = packed / "mixed" / "shard-00000-001.arrow"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    (packed / "valid" / "toys" / "shard-00000.arrow").unlink()
+    (packed / "valid" / "toys" / "shard-00000-000.arrow").unlink()
     with pytest.raises(DataError, match=r"2 problems") as e:
         peek.verify(peek.find_corpora(packed))
-    assert "mixed/shard-00001.arrow has hash" in str(e.value) and "toys/shard-00000.arrow is missing" in str(e.value)
+    assert "mixed/shard-00000-001.arrow has hash" in str(e.value) and "toys/shard-00000-000.arrow is missing" in str(e.value)
 
 
 def test_another_tokenizer_is_refused_and_a_missing_one_asked_for(
@@ -150,6 +150,6 @@ def test_a_row_or_a_folder_that_is_not_there_is_an_error(mixed: PackedCorpus, tm
 def test_the_script_prints_plainly_into_a_pipe(prepared: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "launch" / "peek.py"), str(prepared / "packed" / "mixed")]
     row = subprocess.run([*command, "--row", "0"], capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    assert "\x1b" not in row.stdout and row.stdout.startswith("row 0 (shard-00000.arrow, place 0)")
+    assert "\x1b" not in row.stdout and row.stdout.startswith("row 0 (shard-00000-000.arrow, place 0)")
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert told.stdout.startswith("corpus        mixed (train)") and "tokens in a document" in told.stdout

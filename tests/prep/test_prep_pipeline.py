@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import shops
 import yaml
 
 from cprec.errors import ConfigError, DataError
-from cprec.format import PackedCorpus, list_corpora, read_queries_manifest
+from cprec.format import ITEM_BITS, PackedCorpus, list_corpora, read_queries_manifest
+from cprec.tokenizer import load_tokenizer
 from data_prep.pipeline import Preparation, prepare
 from data_prep.records import STAGES
+from data_prep.templates import TEMPLATES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -49,8 +53,7 @@ def test_every_event_is_kept_or_counted_as_dropped(prepared: Path) -> None:
     assert clean["events kept"] == sum(split[f"events in {part}"] for part in ("train", "valid", "test"))
     for domain in ("books", "games", "toys"):
         in_histories = counts["sequences"][f"specific/{domain}: events in them"]
-        documents = pq.read_table(prepared / "packed" / "specific" / domain / "documents.parquet")
-        assert sum(documents["n_items"].to_pylist()) == in_histories, domain
+        assert counts["pack"][f"specific/{domain}: events in them"] == in_histories, domain
 
 
 def test_nothing_held_out_is_in_any_training_row(prepared: Path) -> None:
@@ -87,24 +90,48 @@ def run_until(line: str, config: Path) -> None:
         raise AssertionError(f"never said {line!r}:\n{''.join(seen)}")
 
 
-def test_kills_at_three_stages_and_lost_shards_leave_the_same_bytes(
-        prepared: Path, values: dict[str, Any], tmp_path: Path) -> None:
+def test_kills_at_three_stages_leave_the_same_bytes(prepared: Path, values: dict[str, Any], tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
     for line in ("stage split: done", "stage encode: done", "stage queries: done"):
         run_until(line, config)
-    out = tmp_path / "out"
-    # a kill in the middle of packing: a shard of `mixed` not yet there, another cut short, no manifest, no stamp
-    (out / "stages" / "pack.json").unlink()
-    mixed = out / "packed" / "mixed"
-    (mixed / "manifest.json").unlink()
-    (mixed / "shard-00001.arrow").unlink()
-    cut = mixed / "shard-00000.arrow"
-    cut.write_bytes(cut.read_bytes()[:1000])
-    kept = (mixed / "shard-00002.arrow").stat().st_mtime_ns
     prepare(shops.config(values))
-    assert (mixed / "shard-00002.arrow").stat().st_mtime_ns == kept, "a finished shard was written again"
-    assert shops.bytes_below(out) == shops.bytes_below(prepared)
+    assert shops.bytes_below(tmp_path / "out") == shops.bytes_below(prepared)
+
+
+@pytest.fixture
+def many_parts(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Values of a config, prepared in `tmp_path/out`, whose corpora have a part for every 16 histories."""
+    for module in ("data_prep.engine", "data_prep.pack"):
+        monkeypatch.setattr(f"{module}.ROW_GROUP_ROWS", 16)
+    prepare(shops.config(values))
+    return values
+
+
+def test_one_two_and_four_workers_pack_the_same_bytes(many_parts: dict[str, Any], tmp_path: Path) -> None:
+    made = shops.bytes_below(tmp_path / "out")
+    assert sum(name.startswith("packed/mixed/parts/") for name in made) >= 3
+    for workers in (2, 4):
+        out = tmp_path / f"with_{workers}"
+        prepare(shops.config(many_parts | {"out": str(out), "workers": workers}))
+        assert shops.bytes_below(out) == made
+
+
+def test_a_restart_packs_unfinished_parts_only_and_gives_the_same_bytes(
+        many_parts: dict[str, Any], tmp_path: Path) -> None:
+    made = shops.bytes_below(tmp_path / "out")
+    mixed = tmp_path / "out" / "packed" / "mixed"
+    # as after a kill in part 1, with a shard of part 2 lost and the manifest not yet written
+    for lost in (tmp_path / "out" / "stages" / "pack.json", mixed / "manifest.json", mixed / "parts" / "00001.json",
+                 mixed / "shard-00002-000.arrow"):
+        lost.unlink()
+    cut = mixed / "shard-00001-000.arrow"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    times = {p: p.stat().st_mtime_ns for p in mixed.glob("shard-*")}
+    prepare(shops.config(many_parts))
+    assert shops.bytes_below(tmp_path / "out") == made
+    again = {p.name[:len("shard-00000")] for p in times if p.stat().st_mtime_ns != times[p]}
+    assert again == {"shard-00001", "shard-00002"}
 
 
 def test_shards_of_another_plan_are_not_kept(copy_of_prepared: Path, raw: Path, prepared: Path) -> None:
@@ -112,10 +139,76 @@ def test_shards_of_another_plan_are_not_kept(copy_of_prepared: Path, raw: Path, 
     (out / "stages" / "pack.json").unlink()
     (out / "packed" / "mixed" / "manifest.json").unlink()
     (out / "packed" / "mixed" / "plan.json").write_text('{"plan": "other"}')
-    shard = out / "packed" / "mixed" / "shard-00000.arrow"
+    shard = out / "packed" / "mixed" / "shard-00000-000.arrow"
     shard.write_bytes(shard.read_bytes().replace(b"\x05\x00", b"\x06\x00"))
+    (out / "packed" / "mixed" / "shard-00000-099.arrow").write_text("of the other plan")
     prepare(shops.config(shops.config_values(raw, out)))
     assert shops.bytes_below(out) == shops.bytes_below(prepared)
+
+
+@pytest.mark.parametrize("mode", ["concat", "one_per_row"])
+def test_other_ways_to_pack_lose_no_token_and_pass_the_audit(
+        values: dict[str, Any], tmp_path: Path, prepared: Path, mode: str) -> None:
+    values["pack"]["mode"] = mode
+    prepare(shops.config(values))
+    made = PackedCorpus(tmp_path / "out" / "packed" / "mixed").manifest
+    best = PackedCorpus(prepared / "packed" / "mixed").manifest
+    assert (made.n_tokens, made.n_documents) == (best.n_tokens, best.n_documents)
+    if mode == "concat":
+        assert made.n_pad < made.seq_len and made.n_rows <= best.n_rows
+    else:
+        assert made.n_rows == made.n_documents
+
+
+def test_plain_text_is_packed_whole_beside_the_histories(
+        values: dict[str, Any], tmp_path: Path, tiny_tokenizer: str) -> None:
+    texts = ["A first text.\nIn two lines.", "", "word " * 400, "</s> is text"]
+    (tmp_path / "notes.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in texts))
+    replay = [{"name": "notes", "path": str(tmp_path / "notes.jsonl"), "text": "body"}]
+    prepare(shops.config(values | {"replay": replay, "tokenizer": {"path": tiny_tokenizer}}))
+    corpus = PackedCorpus(tmp_path / "out" / "packed" / "replay" / "notes")
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    packed: dict[int, list[int]] = {}  # by text; its pieces in order
+    for row in corpus:
+        ends = np.cumsum(row.real_doc_lens)
+        for doc_id, end, n in zip(row.doc_ids.tolist(), ends, row.real_doc_lens, strict=True):
+            packed[doc_id] = row.input_ids[end - n:end].tolist()
+    ids = [[i for d in sorted(packed) if d >> ITEM_BITS == text for i in packed[d]] for text in range(3)]
+    assert ids == [[*tokenizer.encode_start(t.strip()), tokenizer.eos_id] for t in texts if t]
+    manifest = corpus.manifest
+    assert manifest.kind == "train" and manifest.template is None and len(packed) > 3
+    assert manifest.audit is not None and manifest.audit.passed
+    counts = json.loads((tmp_path / "out" / "report.json").read_text())["ingest"]
+    assert counts["replay documents dropped: empty"] == 1
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_template_goes_through_the_line_and_passes_the_audit(
+        values: dict[str, Any], tmp_path: Path, tiny_tokenizer: str, template: str) -> None:
+    prepare(shops.config(values | {"template": template, "tokenizer": {"path": tiny_tokenizer}}))
+    corpus = PackedCorpus(tmp_path / "out" / "packed" / "mixed")
+    assert corpus.manifest.audit is not None and corpus.manifest.audit.passed
+    assert corpus.manifest.has_loss_mask is (template == "supervised")
+    if corpus.manifest.has_loss_mask:
+        row = corpus[0]
+        assert row.loss_mask is not None
+        n = int(row.doc_lens[0])
+        assert row.loss_mask[n - 1] and not row.loss_mask[0]  # the end is predicted, the lead-in is not
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun: pip install mpich, or install Open MPI")
+def test_three_mpi_ranks_pack_the_same_bytes_as_one_process(
+        prepared: Path, values: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    command = ["mpirun", "-n", "3", sys.executable, str(REPOSITORY / "launch" / "prepare.py"), "--config", str(config)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMPI_ALLOW_RUN_AS_ROOT": "1",
+                                "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "rank 0 of 3 leads, 2 ranks work" in ran.stderr
+    assert shops.bytes_below(tmp_path / "out") == shops.bytes_below(prepared)
 
 
 def test_a_folder_prepared_otherwise_is_refused_and_left_alone(copy_of_prepared: Path, raw: Path) -> None:

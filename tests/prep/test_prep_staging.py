@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import io
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data_prep.readers as readers
 from cprec.errors import DataError
@@ -85,6 +88,29 @@ def test_a_json_value_is_the_same_alone_and_among_lines_of_another_kind(
     assert stamp.n_repaired == ("half" in line[0]) and stamp.n_not_numbers == ("soon" in line[0])
 
 
+ANY = st.one_of(st.none(), st.booleans(), st.integers(-10**20, 10**20), st.floats(), st.text(max_size=6),
+                st.sampled_from(["7", " 1e3 ", "1_0", ""]),
+                st.lists(st.one_of(st.none(), st.text(max_size=3)), max_size=3),
+                st.dictionaries(st.text(max_size=2), st.integers(), max_size=2))
+OBJECTS = st.dictionaries(st.sampled_from(["user", "reviewer", "item", "t", "cat", "main_cat", "other"]), ANY)
+
+
+@settings(max_examples=300)
+@given(objects=st.lists(OBJECTS, min_size=1, max_size=30), is_ascii=st.booleans())
+def test_pyarrow_and_python_read_the_same_values_from_any_objects(
+        objects: list[dict[str, Any]], is_ascii: bool) -> None:
+    reader = JSON.model_copy(update={"fields": tuple(f.model_copy(update={"is_required": False}) for f in FIELDS)})
+    lines = [json.dumps(o, ensure_ascii=is_ascii) for o in objects]
+    block = ("\n".join(lines) + "\n").encode("utf-8", "replace")
+    tally, by_line = readers.Tally(), readers.Tally()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "BY_LINE_BYTES", 200)  # pieces of a few lines by pyarrow, the rest line by line
+        made = pa.concat_tables(readers.read_tables(io.BytesIO(block), reader, label="x", tally=tally))
+    line_by_line = readers._by_line(block, 1, json.loads, reader, by_line)
+    np.testing.assert_equal(made.to_pylist(), line_by_line.to_pylist())
+    assert (tally.n_lines, tally.n_repaired, tally.n_not_numbers) == (len(objects), 0, by_line.n_not_numbers)
+
+
 @pytest.mark.parametrize("bad", [
     '{"user": "u", "item": "x"', "nonsense", "[1, 2]", "5", '{"user": "u"} {"user": "v"}', '{"user": "\xff"}', "\x00"])
 def test_a_malformed_line_is_set_aside_and_quoted_with_its_number_and_no_other_is_lost(
@@ -97,6 +123,14 @@ def test_a_malformed_line_is_set_aside_and_quoted_with_its_number_and_no_other_i
     assert (stamp.n_lines, stamp.n_malformed) == (4001, 1)
     assert stamp.first_malformed[0].line == 2502
     assert stamp.first_malformed[0].text == bad.encode("latin-1").decode(errors="replace")
+
+
+def test_long_malformed_lines_are_set_aside_too(tmp_path: Path) -> None:
+    good, long = b'{"user": "u", "item": "x", "t": 5}\n', b'{"user": "' + b"x" * 200_000
+    for lines in ([good, good, long], [good, long + b"\n", good], [long + b"\n"] + [good] * 2):
+        (tmp_path / "a.json").write_bytes(b"".join(lines))
+        rows, stamp = staged(tmp_path, tmp_path / "a.json", JSON)
+        assert len(rows) == 2 and stamp.n_malformed == 1 and len(stamp.first_malformed[0].text) < 200
 
 
 def test_an_object_over_two_lines_is_two_malformed_lines(tmp_path: Path) -> None:
@@ -137,8 +171,19 @@ def test_delimited_text_with_quotes_blank_lines_and_bytes_that_are_no_text(tmp_p
         ("u", 'a "b", c', 5.0, "A"), ("u", "two\nlines", None, None), ("u", "caf\ufffd", None, None),
         (None, '5" pipe', 6.0, None)]
     assert (stamp.n_lines, stamp.n_malformed, stamp.n_repaired, stamp.n_not_numbers) == (6, 2, 1, 1)
+    assert stamp.n_inner_lines == 2  # one blank, one inside a value
     assert [(m.text, m.why) for m in stamp.first_malformed] == [("u,x,5", "3 columns, not 5"),
                                                                 ("u,x,5,A,4,9", "6 columns, not 5")]
+
+
+def test_lines_that_an_open_quote_swallows_are_counted_each(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("user,item,t\n" + "u,x,5\n" * 90 + 'u,"x,5\n' + "u,x,5\n" * 9)
+    with pytest.raises(DataError, match="100 lines read are malformed"):
+        count_staged([staged(tmp_path, tmp_path / "a.csv", CSV)[1]], Counts("ingest"), max_malformed=0.05)
+    (tmp_path / "b.csv").write_text("user,item,t,note\n" + "u,x,5,\n" * 90 + 'u,x,5,"x\n' + "u,x,5,\n" * 9)
+    counts = Counts("ingest")
+    count_staged([staged(tmp_path, tmp_path / "b.csv", CSV)[1]], counts, max_malformed=0.05)
+    assert counts.by_reason["b.csv: lines inside quoted values, or blank"] == 9
 
 
 def test_a_delimiter_of_two_characters_and_text_that_is_latin_1(

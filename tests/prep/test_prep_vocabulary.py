@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import sentencepiece
 
 from cprec.tokenizer import load_tokenizer
@@ -14,7 +15,8 @@ from data_prep.records import Corpora, Layout
 from data_prep.templates import TEMPLATES
 from data_prep.vocabulary import train_tokenizer
 
-LEAD_IN = TEMPLATES["cprec"].lead_in
+TEMPLATE = TEMPLATES["cprec"]
+LEAD_IN = TEMPLATE.lead_in
 CORPORA = Corpora(("books", "games", "toys"), ("garden",))
 
 
@@ -38,7 +40,7 @@ def test_transformers_loads_it_with_the_same_ids_and_control_tokens(prepared: Pa
 
 def test_the_size_reached_is_said_when_the_titles_hold_no_more(prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "catalogue.parquet").symlink_to(prepared / "catalogue.parquet")
-    counts = train_tokenizer(Layout(tmp_path), vocab_size=50_000, lead_in=LEAD_IN, corpora=CORPORA).by_reason
+    counts = train_tokenizer(Layout(tmp_path), vocab_size=50_000, template=TEMPLATE, corpora=CORPORA).by_reason
     n_pieces = len(json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"])
     assert counts["pieces asked for"] == 50_000 and counts["pieces reached"] == n_pieces < 5_000
 
@@ -52,9 +54,20 @@ def test_titles_of_unseen_domains_and_of_later_items_leave_no_trace(prepared: Pa
         row |= {"title": f"Xylophone {row['item']}", "line": f"Xylophone {row['item']}\n"}
     rows.append(rows[0] | {"item": len(rows), "title": "Zither", "line": "Zither\n", "n_train": 0})
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "catalogue.parquet")
-    train_tokenizer(Layout(tmp_path), vocab_size=512, lead_in=LEAD_IN, corpora=CORPORA)
+    train_tokenizer(Layout(tmp_path), vocab_size=512, template=TEMPLATE, corpora=CORPORA)
     made = (tmp_path / "tokenizer" / "tokenizer.model").read_bytes()
     assert made == (prepared / "tokenizer" / "tokenizer.model").read_bytes()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_template_gets_a_tokenizer_that_knows_its_words(prepared: Path, tmp_path: Path, name: str) -> None:
+    template, table = TEMPLATES[name], pq.read_table(prepared / "catalogue.parquet")
+    rows = [row | {"line": template.line({"title": row["title"], "domain": row["domain"], "brand": "Acme Brothers"})}
+            for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "catalogue.parquet")
+    train_tokenizer(Layout(tmp_path), vocab_size=768, template=template, corpora=CORPORA)
+    frame = template.render([template.any_line])
+    assert len(load_tokenizer(str(tmp_path / "tokenizer")).encode([frame])[0]) <= 2 * len(frame.split())
 
 
 def test_the_lead_in_is_not_spelled_letter_by_letter(prepared: Path) -> None:

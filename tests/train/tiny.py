@@ -20,7 +20,7 @@ from cprec.tokenizer import load_tokenizer
 REPO = Path(__file__).parents[2]
 SEQ_LEN = 64
 PASSED = Audit(passed=True, checks={})
-TEMPLATE = Template(name="cprec", version=1, lead_in="Bought:\n", item_line="{title}\n")
+TEMPLATE = Template(name="cprec", version=1, lead_in="Bought:\n", item="{title}\n")
 
 
 def write_model(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
