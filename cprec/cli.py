@@ -15,13 +15,15 @@ from cprec.errors import CPRecError
 from cprec.log import setup_logging
 from cprec.process import end_with, stop_with_launcher
 
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+"""Environment variables in which torchrun and deepspeed, mpirun (Open MPI, MPICH) and srun tell a process its rank."""
 END_WITH = "CPREC_END_WITH"
 """Environment variable: a process id; whatever was started with it, however indirectly, ends when that process does."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and exit with what it returns (None is 0); a CPRecError becomes its message and its exit code."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(next((os.environ[name] for name in RANKS if name in os.environ), "0"))
     setup_logging(rank)
     if "LOCAL_RANK" in os.environ:  # a launcher that is killed would leave its ranks behind: they save and stop
         stop_with_launcher()

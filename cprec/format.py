@@ -1,6 +1,6 @@
 """The border between preparation and training: packed shards, their manifest, prompt templates. Writer and reader.
 
-A corpus is a folder with `shard-00000.arrow`, ... and `manifest.json`, which is written last, by rename: a folder
+A corpus is a folder with `shard-00000-000.arrow`, ... and `manifest.json`, which is written last, by rename: a folder
 without one is unfinished. A shard is one uncompressed Arrow IPC file holding one record batch, read by memory map
 without a copy:
 
@@ -22,6 +22,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -243,10 +244,21 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old file or the new one, whenever the machine stops."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` when all is written, and is removed when that fails (on a full disk its
+    room is what the next attempt needs)."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as f:
-        f.write(text)
-    replace_durably(partial, path)
+    try:
+        yield partial
+        replace_durably(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def replace_durably(partial: Path, path: Path) -> None:
@@ -313,13 +325,10 @@ def write_shard(path: Path, rows: PackedRows) -> ShardInfo:
         "n_pad": pa.array(rows.n_pad),
     }
     batch = pa.record_batch(columns if rows.loss_mask is None else columns | {"loss_mask": fixed(rows.loss_mask)})
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb", buffering=0) as file, _Hashed(file) as sink:
+    with replacing(path) as partial, partial.open("wb", buffering=0) as file, _Hashed(file) as sink:
         with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
             writer.write_batch(batch)
-        info = ShardInfo(file=path.name, rows=n, bytes=file.tell(), xxh3_128=sink.digest.hexdigest())
-    replace_durably(partial, path)
-    return info
+        return ShardInfo(file=path.name, rows=n, bytes=file.tell(), xxh3_128=sink.digest.hexdigest())
 
 
 class _Hashed(io.RawIOBase):

@@ -163,10 +163,13 @@ def _from_folder(path: Path, name: str) -> Tokenizer:
     if not spec_path.is_file():
         raise DataError(f"tokenizer {name}: neither tokenizer.json nor tokenizer.model in {path}; "
                         f"give a Hugging Face folder with a fast tokenizer, or a SentencePiece .model file")
-    spec = json.loads(spec_path.read_text(encoding="utf-8"))
+    spec = _read_json(spec_path, name)
     config_path = spec_path.with_name("tokenizer_config.json")
-    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
-    backend = _HuggingFace(spec)
+    config = _read_json(config_path, name) if config_path.is_file() else {}
+    try:
+        backend = _HuggingFace(spec)
+    except Exception as e:  # the library raises nothing more special
+        raise _unusable(spec_path, name, e) from None
     ids = {piece: i for i, piece in backend.pieces.items()}
 
     def token_id(role: str) -> int | None:
@@ -179,6 +182,22 @@ def _from_folder(path: Path, name: str) -> Tokenizer:
     control = frozenset(t["id"] for t in spec.get("added_tokens", []) if t["special"]) | {eos_id}
     return Tokenizer(backend, name=name, pieces=backend.pieces, bos_id=bos_id if bos_id == backend.adds_first else None,
                      eos_id=eos_id, pad_id=token_id("pad"), control_ids=control)
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:  # neither JSON, or not even text
+        raise _unusable(path, name, e) from None
+    if not isinstance(found, dict):
+        raise _unusable(path, name, ValueError("it holds no object"))
+    return found
+
+
+def _unusable(path: Path, name: str, error: Exception) -> DataError:
+    return DataError(f"tokenizer {name}: {path} is no file of a Hugging Face fast tokenizer, or broken "
+                     f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); give a folder with a "
+                     f"whole tokenizer.json (tekken.json has to be converted to one), or a SentencePiece .model file")
 
 
 def _download(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Stage 2, clean: titles made plain, unusable items and events dropped with a count per reason; and the k-core.
+"""Stage 2, clean: titles, brands and categories made plain, unusable items and events dropped and counted; the k-core.
 
 reads: `interactions/ingested.parquet`, `items/ingested.parquet`. writes: `items/titled.parquet` (titles after
 cleaning), `items/mapping.parquet` (which item stands for which, and why one was dropped), `items/clean.parquet`,
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ibis
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,11 +23,10 @@ from cprec.errors import DataError
 from cprec.log import get_logger
 from data_prep.config import CleanSettings
 from data_prep.engine import Engine, Table, event_hash, write_parquet
-from data_prep.records import INTERACTIONS, ITEMS, Corpora, Counts, Layout, title_key
+from data_prep.records import CLEAN_INTERACTIONS, ITEMS, Corpora, Counts, Layout, title_key
 
 log = get_logger(__name__)
 
-CLEAN_INTERACTIONS = INTERACTIONS.append(pa.field("h", pa.string()))
 TITLED_ITEMS = ITEMS.append(pa.field("title_key", pa.string()))
 MAPPING = pa.schema([("domain", pa.string()), ("item_id", pa.string()), ("stands_for", pa.string()),
                      ("dropped", pa.string())])
@@ -47,6 +47,7 @@ ENTITIES = "HTML entities resolved"
 CONTROL = "control characters taken for spaces"
 TAGS = "HTML tags removed"
 CODE = "page code instead of a title, taken as missing"
+NOTHING = "nothing left, taken as missing"
 SPACES = "white space made single spaces"
 CUT = "cut"
 
@@ -135,24 +136,39 @@ def _mapping(layout: Layout) -> Path:
 
 
 def _clean_titles(layout: Layout, settings: CleanSettings, counts: Counts) -> None:
-    repairs: Counter[str] = Counter()
+    max_chars = settings.max_title_chars
+    of_titles: Counter[str] = Counter()
+    of_others: Counter[str] = Counter()
 
     def titled() -> Iterator[pa.RecordBatch]:
         for batch in pq.ParquetFile(layout.raw_items).iter_batches():
-            raw = batch["title"].to_pylist()
-            cleaned = [None if t is None else clean_title(t, max_chars=settings.max_title_chars) for t in raw]
-            repairs.update(r for t in cleaned if t for r in t.repairs)
-            repairs[CODE] += sum(is_page_code(r) for r, t in zip(raw, cleaned, strict=True) if r and not t)
-            texts = [t.text if t else None for t in cleaned]
-            keys = pa.array([None if t is None else title_key(t) for t in texts], pa.string())
-            batch = batch.set_column(batch.schema.get_field_index("title"), "title", pa.array(texts, pa.string()))
-            yield batch.append_column("title_key", keys).select(TITLED_ITEMS.names)
+            titles = _cleaned(batch["title"], max_chars=max_chars, repairs=of_titles)
+            made = {"title": titles, "title_key": pa.array([t and title_key(t) for t in titles.to_pylist()],
+                                                           pa.string())}
+            made |= {name: _cleaned(batch[name], max_chars=max_chars, repairs=of_others)
+                     for name in ("brand", "category")}
+            made |= {name: batch[name] for name in ("domain", "item_id")}
+            yield pa.record_batch([made[name] for name in TITLED_ITEMS.names], schema=TITLED_ITEMS)
 
-    n_items = write_parquet(titled(), layout.titled_items, schema=TITLED_ITEMS)
-    counts.add("items read", n_items)
-    for repair in (TAGS, CODE, ENTITIES, CONTROL, SPACES):
-        counts.add(f"titles: {repair}", repairs[repair])
-    counts.add(f"titles: cut to {settings.max_title_chars} characters", repairs[CUT])
+    counts.add("items read", write_parquet(titled(), layout.titled_items, schema=TITLED_ITEMS))
+    for what, repairs in (("titles", of_titles), ("brands and categories", of_others)):
+        for repair in (TAGS, CODE, ENTITIES, CONTROL, SPACES, NOTHING):
+            counts.add(f"{what}: {repair}", repairs[repair])
+        counts.add(f"{what}: cut to {max_chars} characters", repairs[CUT])
+
+
+def _cleaned(column: pa.Array, *, max_chars: int, repairs: Counter[str]) -> pa.Array:
+    """The texts as `clean_title` gives them; what it did is added to `repairs`, per row."""
+    encoded = column.dictionary_encode()  # brands and categories repeat
+    raw = encoded.dictionary.to_pylist()
+    n_rows = np.bincount(encoded.indices.drop_null(), minlength=len(raw)).tolist()
+    texts: list[str | None] = []
+    for text, n in zip(raw, n_rows, strict=True):
+        title = clean_title(text, max_chars=max_chars)
+        for repair in title.repairs if title else {CODE} if is_page_code(text) else {NOTHING}:
+            repairs[repair] += n
+        texts.append(title.text if title else None)
+    return pa.array(texts, pa.string()).take(encoded.indices)
 
 
 def _one_row_each(items: Table) -> Table:
@@ -182,7 +198,7 @@ def _map_items(engine: Engine, layout: Layout, settings: CleanSettings, corpora:
         else_=""))
     stands_for = items.item_id
     if settings.merge_same_titles:
-        twin_id = items.item_id.min().over(group_by=["domain", "title_key"])
+        twin_id = items.item_id.min().over(group_by=["domain", "title_key", "dropped"])
         stands_for = ibis.cases((items.dropped == "", twin_id), else_=items.item_id)
     n_items = engine.write(items.mutate(stands_for=stands_for), _mapping(layout), schema=MAPPING,
                            order_by=["domain", "item_id"])

@@ -15,8 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from cprec.errors import did_you_mean
 from cprec.format import Template
 from cprec.settings import Settings, describe_problems
-from data_prep.plan import PackMode
-from data_prep.records import PARSER_NAMES, TEMPLATE_NAMES, Corpora
+from data_prep.records import PARSER_NAMES, TEMPLATE_NAMES, Corpora, PackMode
 from data_prep.templates import template_of
 
 Positive = Annotated[int, Field(ge=1)]
@@ -68,7 +67,7 @@ class Dataset(Settings):
     layout: Literal["auto", "user_item", "item_user"] = "auto"
     """Of Amazon's ratings without a header: user,item,rating,time (2014) or item,user,rating,time (2018)."""
     encoding: str | None = None
-    """Of delimited text, e.g. cp1252; null: UTF-8."""
+    """Of delimited text, e.g. cp1252; null: UTF-8. JSON lines and Parquet are UTF-8."""
 
     @field_validator("parser")
     @classmethod
@@ -93,7 +92,6 @@ class Dataset(Settings):
             raise ValueError("no encoding in which a line ends as in ASCII; e.g. utf-8, latin-1, cp1252, gb18030")
         return value
 
-
     @model_validator(mode="after")
     def _only_what_the_parser_heeds(self) -> Dataset:
         if self.layout != "auto" and self.parser != "amazon":
@@ -102,6 +100,14 @@ class Dataset(Settings):
             raise ValueError(f"encoding={self.encoding} cannot be set, parser {self.parser} knows its own; remove it")
         if self.items is not None and self.parser == "complete_journey":
             raise ValueError(f"items={self.items} cannot be set, Complete Journey's lie in its folder; remove it")
+        if self.columns.domain is not None and self.parser in ("amazon", "recbole"):
+            raise ValueError(f"columns.domain={self.columns.domain} cannot be set, a dataset of parser {self.parser} "
+                             f"is one shop; remove it, and set `domain` to the shop's name")
+        if self.columns.domain is not None and self.domain is not None:
+            raise ValueError(f"columns.domain={self.columns.domain} and domain={self.domain}: the shop is a column's "
+                             f"or one for all; remove one")
+        if self.columns.timestamp_unit != "auto" and self.parser == "complete_journey":
+            raise ValueError("columns.timestamp_unit cannot be set, Complete Journey's times are dates; remove it")
         given = sorted(self.columns.model_dump(exclude_defaults=True).keys() - {"timestamp_unit"})
         if given and self.parser in ("complete_journey", "movielens"):
             raise ValueError(f"columns.{given[0]} cannot be set, parser {self.parser} knows its files; remove it, or "
@@ -236,6 +242,8 @@ class PackSettings(Settings):
     seq_len: int = Field(default=1024, ge=16, lt=1 << 16)
     shard_rows: Positive = 4096
     window: Positive = 1_000_000
+    """Rounded to whole row groups of the histories (65,536). Documents tokenized whole, and plain text, are planned by
+    single row groups, for each takes so much longer."""
 
 
 class QuerySettings(Settings):

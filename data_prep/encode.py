@@ -2,13 +2,14 @@
 
 reads: `catalogue.parquet`, `histories/`. writes: `segments.arrow` (one column of lists of ids: row 0 is what a document
 starts with, row 1 what it ends with, row 2 what stands before a supervised target, row 3 + i the text of item i),
-`segments.json`. Keeps the tokens of the catalogue in memory once (4 bytes each); readers map the file.
+`segments.json`. Keeps 24 bytes per item in memory while writing, and the tokens of the tasks under way; the proof keeps
+the lines that its documents are made of.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,12 +26,11 @@ from data_prep.ragged import (
     FIRST_ITEM,
     Ints,
     Ragged,
-    concatenate,
     document_rows,
     dtype_for,
     map_ragged,
     ragged,
-    write_ragged,
+    write_parts,
 )
 from data_prep.records import Counts, Layout
 from data_prep.workers import Workers, cached_tokenizer
@@ -74,9 +74,7 @@ def encode_catalogue(layout: Layout, *, tokenizer: str, info: TokenizerInfo, tem
     tasks = (Lines(tokenizer, template.any_line, lines) for lines in read_lines(layout))
     n_tasks = -(-n_items // LINES_PER_TASK)
     parts = workers.run(encode_lines, tasks, n_tasks=n_tasks, label="encode")
-    segments = concatenate([ragged(frame), *parts])
-    narrow = segments.ids.astype(dtype_for(info.vocab_size))
-    write_ragged(layout.segments, Ragged(narrow, segments.offsets))
+    segments = write_parts(layout.segments, chain([ragged(frame)], parts), dtype=dtype_for(info.vocab_size))
     write_atomically(layout.segments_info, info.model_dump_json(indent=1))
     counts = Counts("encode")
     counts.add("segments", len(segments.lens))
@@ -91,6 +89,31 @@ def read_lines(layout: Layout) -> Iterator[list[str]]:
         yield batch["line"].to_pylist()
 
 
+@dataclass(frozen=True)
+class SomeLines:
+    """The texts of some items of the catalogue."""
+
+    items: Ints
+    """Their numbers, ascending."""
+    lines: pa.ChunkedArray
+
+    def of(self, items: Ints | Sequence[int]) -> list[str]:
+        """Texts of the items with these numbers, all of them among `items`."""
+        lines: list[str] = self.lines.take(pa.array(np.searchsorted(self.items, items))).to_pylist()
+        return lines
+
+
+def read_some_lines(catalogue: Path, items: Ints) -> SomeLines:
+    """The texts of the items with these numbers, repeated or not; reads only the row groups that it needs."""
+    wanted = np.unique(items)
+    found = [group["line"].take(pa.array(inside)) for group, inside in _chosen_rows(catalogue, wanted, "line")]
+    lines = pa.chunked_array([chunk for column in found for chunk in column.chunks], pa.string())
+    if len(lines) != len(wanted):
+        raise DataError(f"{catalogue} has no item {wanted[len(lines)]}, which a history names: it was altered; run "
+                        f"launch/prepare.py into another folder")
+    return SomeLines(wanted, lines)
+
+
 def prove(layout: Layout, corpora: Sequence[str], *, tokenizer: str, template: Template, seed: int) -> int:
     """Compare gathered with whole-text ids; returns for how many documents.
 
@@ -98,27 +121,34 @@ def prove(layout: Layout, corpora: Sequence[str], *, tokenizer: str, template: T
     the catalogue has stands after every kind of end. Raises DataError showing the first that differs.
     """
     known, segments = cached_tokenizer(tokenizer), map_ragged(layout.segments)
-    lines = pq.read_table(layout.catalogue, columns=["line"])["line"]
-    sampled = (items for number, corpus in enumerate(corpora)
-               for items in _sampled_histories(layout.histories(corpus), np.random.default_rng([seed, number])))
-    n_proved = 0
-    for items in chain(sampled, border_documents(lines, template)):
-        text = template.render(lines.take(pa.array(items)).to_pylist())
+    documents = [items for number, corpus in enumerate(corpora)
+                 for items in _sampled_histories(layout.histories(corpus), np.random.default_rng([seed, number]))]
+    batches = pq.ParquetFile(layout.catalogue).iter_batches(LINES_PER_TASK, columns=["line"])
+    documents += border_documents((batch["line"] for batch in batches), template)
+    lines = read_some_lines(layout.catalogue, np.concatenate(documents))
+    for items in documents:
+        text = template.render(lines.of(items))
         require_same(known, text, gathered=segments.gather(document_rows(items)).tolist(),
                      whole=[*known.encode_start(text), known.eos_id])
-        n_proved += 1
-    return n_proved
+    return len(documents)
 
 
-def border_documents(lines: pa.ChunkedArray, template: Template) -> Iterator[Ints]:
-    """Documents, as catalogue numbers, that together hold each kind of item beginning after each kind of item end.
+def border_documents(lines: Iterable[pa.Array], template: Template) -> Iterator[Ints]:
+    """Documents, as catalogue numbers, that together hold each kind of item beginning after each kind of item end;
+    `lines` are the catalogue's, batch by batch.
 
     A kind is a sign of ASCII, or the Unicode category of any other character: at most some 60 of either. The end is
     what stands before the text that every item ends with.
     """
     n_fixed = len(template.item) - (template.item.rfind("}") + 1)
-    starts = _one_of_each_kind(pc.utf8_slice_codeunits(lines, 0, 1))
-    ends = _one_of_each_kind(pc.utf8_slice_codeunits(lines, -n_fixed - 1, None if n_fixed == 0 else -n_fixed))
+    first_start: dict[str, int] = {}
+    first_end: dict[str, int] = {}
+    n_before = 0
+    for batch in lines:
+        _add_kinds(first_start, pc.utf8_slice_codeunits(batch, 0, 1), n_before)
+        _add_kinds(first_end, pc.utf8_slice_codeunits(batch, -n_fixed - 1, -n_fixed or None), n_before)
+        n_before += len(batch)
+    starts, ends = (np.array([*first.values()], dtype=np.int64) for first in (first_start, first_end))
     for start in starts:
         yield np.array([start], dtype=np.int64)
         yield np.array([start, start], dtype=np.int64)
@@ -126,13 +156,13 @@ def border_documents(lines: pa.ChunkedArray, template: Template) -> Iterator[Int
         yield np.stack([np.full(len(starts), end), starts], axis=1).reshape(-1)
 
 
-def _one_of_each_kind(characters: pa.ChunkedArray) -> Ints:
-    """Place of the first character of each kind."""
-    first: dict[str, str] = {}
+def _add_kinds(first: dict[str, int], characters: pa.Array, n_before: int) -> None:
+    """Note the place of the first character of each kind that is not yet in `first`, `n_before` before these."""
     for character in characters.unique().to_pylist():  # in the order of their first places
         is_sign = character.isascii() and not character.isalnum()
-        first.setdefault(character if is_sign else unicodedata.category(character), character)
-    return np.array([characters.index(character).as_py() for character in first.values()], dtype=np.int64)
+        kind = character if is_sign else unicodedata.category(character)
+        if kind not in first:
+            first[kind] = n_before + characters.index(character).as_py()
 
 
 def require_same(tokenizer: Tokenizer, text: str, *, gathered: list[int], whole: list[int]) -> None:
@@ -151,14 +181,19 @@ def require_same(tokenizer: Tokenizer, text: str, *, gathered: list[int], whole:
 
 def _sampled_histories(path: Path, rng: np.random.Generator) -> Iterator[Ints]:
     """Catalogue numbers of up to `SAMPLED_PER_CORPUS` histories; reads only the row groups that it needs."""
-    file = pq.ParquetFile(path)
-    n_rows = file.metadata.num_rows
+    n_rows = pq.ParquetFile(path).metadata.num_rows
     chosen = np.sort(rng.choice(n_rows, size=min(SAMPLED_PER_CORPUS, n_rows), replace=False))
+    for group, inside in _chosen_rows(path, chosen, "items"):
+        yield from (np.asarray(items, dtype=np.int64) for items in group["items"].take(pa.array(inside)).to_pylist())
+
+
+def _chosen_rows(path: Path, chosen: Ints, column: str) -> Iterator[tuple[pa.Table, Ints]]:
+    """The column of each row group that has some of the chosen rows (ascending), with their places in it."""
+    file = pq.ParquetFile(path)
     first = 0
     for group in range(file.num_row_groups):
         n_group = file.metadata.row_group(group).num_rows
-        inside = chosen[(chosen >= first) & (chosen < first + n_group)] - first
+        inside = chosen[np.searchsorted(chosen, first):np.searchsorted(chosen, first + n_group)] - first
         if len(inside):
-            lists = file.read_row_group(group, columns=["items"])["items"].take(pa.array(inside))
-            yield from (np.asarray(items, dtype=np.int64) for items in lists.to_pylist())
+            yield file.read_row_group(group, columns=[column]), inside
         first += n_group

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import ibis
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cprec.errors import ConfigError
+from cprec.format import replacing
 from data_prep.disk import name_a_full_disk
 
 ROW_GROUP_ROWS = 1 << 16
+ROW_GROUP_TEXT_BYTES = 1 << 26
+"""Row groups are kept in memory, by who writes and who reads them; a row may be a whole document."""
 Table = Any
 """An Ibis table expression (Ibis ships no types that mypy can follow)."""
 
@@ -48,9 +53,9 @@ class Engine(ABC):
     def batches(self, table: Table) -> Iterator[pa.RecordBatch]:
         """Stream the rows in order, never holding all of them."""
 
-    def read_text(self, paths: Sequence[Path], *, delimiter: str, quote: str) -> Table:
-        """Rows of delimited text files with a header; every column is text, an empty field is null."""
-        raise ConfigError(f"engine.name: only duckdb reads text files such as {paths[0]}; convert it to Parquet")
+    @abstractmethod
+    def errors_named(self) -> AbstractContextManager[None]:
+        """Inside, whatever its library raises becomes a ConfigError or DataError: for code that runs a table itself."""
 
     def union(self, tables: Sequence[Table]) -> Table:
         """All rows of tables with the same columns."""
@@ -93,37 +98,53 @@ def in_order(value: Any, *, by: Any, where: Any = None) -> Any:
 def write_parquet(batches: Iterable[pa.RecordBatch], path: Path, *, schema: pa.Schema,
                   group_rows: int | None = None) -> int:
     """Write the columns of `schema` as one Parquet file with row groups of `group_rows` (default `ROW_GROUP_ROWS`)
-    rows; returns the rows.
+    rows, or of fewer where their texts reach `ROW_GROUP_TEXT_BYTES`; returns the rows.
 
     By rename; a full disk is a DataError. The bytes depend on the rows only, not on how they were cut into batches.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with name_a_full_disk(path.parent):
-            n_rows = _write_row_groups(batches, partial, schema, group_rows or ROW_GROUP_ROWS)
-            partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)  # on a full disk, its room is what the next attempt needs
-        raise
-    return n_rows
+    with name_a_full_disk(path.parent), replacing(path) as partial:
+        return _write_row_groups(batches, partial, schema, group_rows or ROW_GROUP_ROWS)
 
 
 def _write_row_groups(batches: Iterable[pa.RecordBatch], path: Path, schema: pa.Schema, group_rows: int) -> int:
-    waiting: list[pa.Table] = []
-    n_waiting = n_rows = 0
+    n_rows = 0
     with pq.ParquetWriter(path, schema, compression="zstd", store_schema=False) as writer:
-        for batch in batches:
-            waiting.append(pa.table(batch).select(schema.names).cast(schema))
-            n_waiting += batch.num_rows
-            n_rows += batch.num_rows
-            while n_waiting >= group_rows:
-                rows = pa.concat_tables(waiting)
-                writer.write_table(rows.slice(0, group_rows).combine_chunks(), row_group_size=group_rows)
-                waiting, n_waiting = [rows.slice(group_rows)], n_waiting - group_rows
-        if n_waiting:
-            writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=group_rows)
+        tables = (pa.table(batch).select(schema.names).cast(schema) for batch in batches)
+        for group in _row_groups(tables, group_rows):
+            writer.write_table(group, row_group_size=group_rows)
+            n_rows += group.num_rows
     return n_rows
+
+
+def _row_groups(tables: Iterable[pa.Table], group_rows: int) -> Iterator[pa.Table]:
+    """The rows cut anew: a group ends with its row number `group_rows`, or the one with which its texts reach
+    `ROW_GROUP_TEXT_BYTES`."""
+    waiting: list[pa.Table] = []
+    n_waiting = n_bytes = 0
+    for table in tables:
+        up_to = np.cumsum(_text_bytes(table))  # up_to: (rows,) bytes of texts in rows 0 to i
+        start = before = 0
+        while start < table.num_rows:
+            n_fit = int(np.searchsorted(up_to[start:], before + ROW_GROUP_TEXT_BYTES - n_bytes)) + 1
+            n = min(n_fit, group_rows - n_waiting, table.num_rows - start)
+            waiting.append(table.slice(start, n))
+            start += n
+            n_waiting, n_bytes, before = n_waiting + n, n_bytes + int(up_to[start - 1]) - before, int(up_to[start - 1])
+            if n_waiting == group_rows or n_bytes >= ROW_GROUP_TEXT_BYTES:
+                yield pa.concat_tables(waiting).combine_chunks()
+                waiting, n_waiting, n_bytes = [], 0, 0
+    if waiting:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _text_bytes(table: pa.Table) -> npt.NDArray[np.int64]:
+    """Bytes of each row's texts: (rows,)."""
+    n_bytes = np.zeros(table.num_rows, np.int64)
+    for column in table.columns:
+        if pa.types.is_string(column.type):
+            n_bytes += pc.fill_null(pc.binary_length(column), 0).to_numpy()
+    return n_bytes
 
 
 def event_hash(table: Table, *, seed: int) -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from cprec.errors import DataError, did_you_mean, raise_all
 from cprec.format import Template
 from cprec.tokenizer import Tokenizer, load_tokenizer
 from data_prep.clean import clean_title
-from data_prep.config import PrepConfig
+from data_prep.config import EngineSettings, PrepConfig
 from data_prep.engine import Engine
+from data_prep.engines.registry import connect
 from data_prep.ingest import DatasetTasks, Staging, parse
 from data_prep.mapping import need_columns
 from data_prep.records import INTERACTIONS, ITEMS, Counts
@@ -97,13 +99,17 @@ class Estimate:
         yield from (f"  {note}" for note in self.notes)
 
 
-def estimate(config: PrepConfig, staging: Staging, *, engine: Engine, template: Template) -> Estimate:
-    """Look into every dataset. Raises one DataError naming all whose columns or time stamps do not fit the config."""
+def estimate(config: PrepConfig, staging: Staging, *, template: Template) -> Estimate:
+    """Look into every dataset. Raises one DataError naming all whose columns or time stamps do not fit the config.
+
+    The embedded engine looks, whatever the config's, in a temporary folder: a preparation may be at work in `out`.
+    """
     tokenizer = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
     looks: list[Look] = []
     problems: list[str] = []
     staged_bytes = 0.0
-    with tempfile.TemporaryDirectory(prefix="cprec-") as folder:
+    with (tempfile.TemporaryDirectory(prefix="cprec-") as folder,
+          closing(connect(EngineSettings(), spill=Path(folder) / "spill")) as engine):
         for i, tasks in enumerate(staging.datasets):
             at = Path(folder) / str(i)
             at.mkdir()
@@ -171,9 +177,11 @@ def _look(tasks: DatasetTasks, folder: Path, *, engine: Engine, template: Templa
 
 
 def _line(row: dict[str, str | None], template: Template, config: PrepConfig) -> str:
-    title = clean_title(row["title"] or "", max_chars=config.clean.max_title_chars)
-    fields = {k: v or "" for k, v in row.items() if isinstance(v, str)} | {"title": title.text if title else ""}
-    return template.line({k: fields.get(k, "") for k in ("title", "domain", "brand", "category")})
+    fields = {"domain": row["domain"] or ""}
+    for name in ("title", "brand", "category"):
+        text = clean_title(row[name] or "", max_chars=config.clean.max_title_chars)
+        fields[name] = text.text if text else ""
+    return template.line(fields)
 
 
 def _n_tokens(lines: Sequence[str], tokenizer: Tokenizer | None, *, before: str) -> float:

@@ -116,9 +116,10 @@ def ingest(engine: Engine, layout: Layout, config: PrepConfig, staging: Staging,
 
 
 def parse(engine: Engine, tasks: DatasetTasks, counts: Counts) -> tuple[Table, Table]:
-    """(interactions, items) of one staged dataset, in the one schema, lazy."""
-    return PARSERS[tasks.dataset.parser].parse(
-        tasks.dataset, as_table(engine, tasks.events), as_table(engine, tasks.items), counts)
+    """(interactions, items) of one staged dataset, in the one schema, lazy but for the largest time stamp."""
+    with engine.errors_named():
+        return PARSERS[tasks.dataset.parser].parse(
+            tasks.dataset, as_table(engine, tasks.events), as_table(engine, tasks.items), counts)
 
 
 def _require_domains(engine: Engine, interactions: Table, items: Table, config: PrepConfig) -> None:

@@ -12,11 +12,9 @@ import ibis
 
 from cprec.errors import DataError, nearest
 from data_prep.config import Columns
+from data_prep.engine import Table
 from data_prep.records import Counts
 from data_prep.sources import Field
-
-Table = Any
-"""An Ibis table expression."""
 
 
 def event_fields(columns: Columns, **usual: tuple[str, ...]) -> tuple[Field, ...]:
@@ -48,22 +46,44 @@ def need_columns(fields: Iterable[Field], columns: Sequence[str], *, source: str
 
 
 def chosen(table: Table, fields: Sequence[Field], *, source: str) -> Table:
-    """The table's `fields` under our names; null where the source lacks an optional one. DataError: see need_columns.
+    """The table's `fields` under our names; null where the source lacks an optional one, and for an empty text.
+
+    DataError: see need_columns; or a column is of a type that does not hold its kind.
     """
     need_columns(fields, table.columns, source=source)
 
     def column(field: Field) -> Any:
-        found = [_as_kind(table[name], field) for name in field.of if name in table.columns]
+        found = [_as_kind(table[name], field, source=source) for name in field.of if name in table.columns]
         missing = ibis.null("float64" if field.kind == "number" else "string")
         return ibis.coalesce(*found) if len(found) > 1 else found[0] if found else missing
 
     return table.select(**{field.name: column(field) for field in fields})
 
 
-def _as_kind(column: Any, field: Field) -> Any:
-    if field.kind == "path" and column.type().is_array():
-        return ibis.literal(" > ").join(column)
-    return column if field.kind == "number" else _name(column)
+def _as_kind(column: Any, field: Field, *, source: str) -> Any:
+    """The column as text or number; the rules are those of text files (`data_prep.readers`), whatever the engine."""
+    kind = column.type()
+    if field.kind == "path" and kind.is_array():
+        return _path(column, source=source).nullif("")
+    if kind.is_nested() or kind.is_binary():
+        wanted = "a number or time" if field.kind == "number" else "text"
+        raise _unreadable(column, wanted, source=source)
+    return column if field.kind == "number" else _name(column).nullif("")
+
+
+def _path(column: Any, *, source: str) -> Any:
+    """The parts joined, but those that are null or empty; of several paths the first."""
+    several = column.type().value_type.is_array()
+    first = ibis.ifelse(column.length() > 0, column, ibis.null(column.type()))[0] if several else column
+    part = first.type().value_type
+    if not (part.is_string() or part.is_integer()):
+        raise _unreadable(column, "a path of texts", source=source)
+    return ibis.literal(" > ").join(first.cast("array<string>").filter(lambda text: text != ""))
+
+
+def _unreadable(column: Any, wanted: str, *, source: str) -> DataError:
+    return DataError(f"{source}: column {column.get_name()!r} of type {column.type()} cannot be read as {wanted}; "
+                     f"convert it, or name another in the dataset's `columns`")
 
 
 def map_interactions(events: Table, *, unit: str, source: str, domain: str | None, counts: Counts) -> Table:

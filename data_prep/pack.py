@@ -1,16 +1,18 @@
 """Stage 6, pack: histories become documents, documents become rows of exactly `seq_len` tokens, rows become shards.
 
-reads: `histories/<corpus>.parquet` and `segments.arrow`, or `texts/<name>.parquet`. writes: `packed/<corpus>/`:
-`shard-00000-000.arrow`, ... (part, number in it), `parts/00000.json` when all shards of a part are there, and last
-`manifest.json`. A part is about `pack.window` histories; it is planned from lengths alone, then its tokens are gathered
-straight into rows. Parts are independent: a worker keeps one in memory (4 bytes per event, about 70 per document) and
-one shard. The bytes depend neither on the number of workers nor on how often the run was killed, and a restart redoes
-unfinished parts only.
+reads: `histories/<corpus>.parquet` and `segments.arrow` (or `catalogue.parquet`), or `texts/<name>.parquet`.
+writes: `packed/<corpus>/`: `plan.json`, `shard-00000-000.arrow`, ... (part, number in it), `parts/00000.json` when all
+shards of a part are there (with `00000.tokens.arrow` where documents are tokenized whole), last `manifest.json`.
+A part is about `pack.window` histories; it is planned from lengths alone, then its tokens are gathered straight into
+rows. Parts are independent: a worker keeps one in memory (8 bytes per event, about 80 per document), one shard, and 8
+bytes per item of the catalogue. The bytes depend neither on the number of workers nor on how often the run was killed,
+and a restart redoes unfinished parts only.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,22 +23,34 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cprec.errors import DataError
-from cprec.format import Manifest, ShardInfo, Template, TokenizerInfo, write_atomically, write_manifest, write_shard
+from cprec.format import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    ShardInfo,
+    Template,
+    TokenizerInfo,
+    write_atomically,
+    write_manifest,
+    write_shard,
+)
 from cprec.log import get_logger
 from data_prep.config import PackSettings
 from data_prep.engine import ROW_GROUP_ROWS
 from data_prep.plan import PACK_MODES, Documents, cut_histories, document_ids
 from data_prep.ragged import END, FIRST_ITEM, START, TARGET, Ints, Ragged, dtype_for, map_ragged
 from data_prep.records import Counts, digest
-from data_prep.rows import FromSegments, FromWhole, TokenSource, fill_rows
+from data_prep.rows import FromSegments, FromWhole, TokenSource, fill_rows, parts_of_documents
 from data_prep.whole import map_whole, tokenize_histories, tokenize_texts, write_whole
 from data_prep.workers import Workers, cached_tokenizer
 
 log = get_logger(__name__)
 
+PLAN_VERSION = 1
+"""To be raised when other rows are made of the same histories: parts of two ways to pack must not stand together."""
 LOW_FILL, MANY_ROWS = 0.95, 32
 """Below this share of tokens in so many rows the user is told how to pack better; the last rows of few are never
 full."""
@@ -81,6 +95,7 @@ class PartTask:
     number: int
     row_groups: range
     first_history: int
+    n_histories: int
 
     @property
     def key(self) -> str:
@@ -110,8 +125,9 @@ class Part(BaseModel):
     n_tokens: int
     sum_squared_doc_lens: int
     dropped: dict[int, int]
-    """Item -> how many of its events found no place: its line does not fit into a row, or nothing stood before it to
-    be its history (templates with a target)."""
+    """Item (its catalogue number) whose line does not fit into a row -> its events, dropped."""
+    n_alone: int
+    """Events dropped because nothing stood before them to be their history (templates with a target)."""
     shards: list[ShardInfo]
 
 
@@ -124,10 +140,11 @@ def pack(corpora: Sequence[Corpus], settings: PackSettings, *, workers: Workers,
     for corpus in corpora:
         _keep_only_same_plan(corpus, settings)
     packed = workers.run(pack_part, tasks, n_tasks=len(tasks), label="pack")
+    n_parts = Counter(task.corpus.name for task in tasks)
     waiting: list[Part] = []
     for task, part in zip(tasks, packed, strict=True):
         waiting.append(part)
-        if len(waiting) == len(part_tasks(task.corpus, settings)):
+        if len(waiting) == n_parts[task.corpus.name]:
             _finish(task.corpus, settings, waiting, counts)
             waiting = []
 
@@ -139,13 +156,14 @@ def part_tasks(corpus: Corpus, settings: PackSettings) -> list[PartTask]:
     per_part = max(round(settings.window / ROW_GROUP_ROWS), 1) if corpus.segments else 1
     starts = np.cumsum([0, *(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))])
     firsts = range(0, metadata.num_row_groups, per_part)
-    return [PartTask(corpus, settings, number, range(g, min(g + per_part, metadata.num_row_groups)), int(starts[g]))
-            for number, g in enumerate(firsts)]
+    groups = [range(g, min(g + per_part, metadata.num_row_groups)) for g in firsts]
+    return [PartTask(corpus, settings, number, g, first_history=int(starts[g.start]),
+                     n_histories=int(starts[g.stop] - starts[g.start])) for number, g in enumerate(groups)]
 
 
 def plan_key(corpus: Corpus, settings: PackSettings) -> str:
     """Hash of what decides a corpus' shards."""
-    return digest([corpus.inputs_key, corpus.name, settings.model_dump(mode="json")])
+    return digest([PLAN_VERSION, FORMAT_VERSION, corpus.inputs_key, corpus.name, settings.model_dump(mode="json")])
 
 
 def pack_part(task: PartTask) -> Part:
@@ -162,10 +180,10 @@ def pack_part(task: PartTask) -> Part:
                          has_loss_mask=corpus.has_loss_mask)
         shards.append(write_shard(corpus.folder / f"shard-{task.number:05d}-{number:03d}.arrow", rows))
     part = Part(
-        key=task.key, n_histories=_n_histories(task), n_documents=len(documents),
+        key=task.key, n_histories=task.n_histories, n_documents=len(documents),
         n_events=int(documents.n_items.sum()), n_tokens=int(documents.n_tokens.sum()),
         sum_squared_doc_lens=int((documents.n_tokens * documents.n_tokens).sum()), dropped=documents.dropped,
-        shards=shards)
+        n_alone=documents.n_alone, shards=shards)
     write_atomically(task.record, part.model_dump_json(indent=1))
     return part
 
@@ -174,7 +192,10 @@ def read_part(task: PartTask) -> Part | None:
     """The record of a finished part: of the same plan, with all its shards there at their sizes."""
     if not task.record.is_file():
         return None
-    part = Part.model_validate_json(task.record.read_text(encoding="utf-8"))
+    try:
+        part = Part.model_validate_json(task.record.read_text(encoding="utf-8"))
+    except ValidationError:
+        return None  # of another version of this program
     folder = task.corpus.folder
     is_there = part.key == task.key and all(
         (folder / s.file).is_file() and (folder / s.file).stat().st_size == s.bytes for s in part.shards)
@@ -225,8 +246,9 @@ def gathered_documents(items: npt.NDArray[np.int32], lengths: Ints, history_ids:
         n_target = line_lens[items[first_event + runs.n_items - 1]] + segments.lens[END]
     documents = Documents(
         ids=document_ids(history_ids[runs.place], runs.first_item), n_items=runs.n_items, n_tokens=n_tokens,
-        n_target_tokens=n_target, first_event=first_event, events=items, dropped=runs.dropped)
-    return documents, FromSegments(documents, segments)
+        n_target_tokens=n_target, first_event=first_event, events=items, dropped=runs.dropped,
+        n_alone=runs.n_alone)
+    return documents, FromSegments(segments, parts_of_documents(documents))
 
 
 def read_histories(path: Path, row_groups: range) -> tuple[npt.NDArray[np.int32], Ints]:
@@ -258,18 +280,14 @@ def _lines(path: Path, key: str) -> _Lines:
     return _Lines(path)
 
 
-def _n_histories(task: PartTask) -> int:
-    metadata = pq.ParquetFile(task.corpus.histories).metadata
-    return sum(metadata.row_group(g).num_rows for g in task.row_groups)
-
-
 def _keep_only_same_plan(corpus: Corpus, settings: PackSettings) -> None:
     """What a killed run left is kept only if that run packed the same things in the same way."""
     path = corpus.folder / "plan.json"
     plan = plan_key(corpus, settings)
     known = json.loads(path.read_text(encoding="utf-8"))["plan"] if path.is_file() else None
     if known != plan:
-        for stale in [*corpus.folder.glob("shard-*.arrow"), *corpus.folder.glob("parts/*")]:
+        (corpus.folder / MANIFEST).unlink(missing_ok=True)  # first: a folder without one is unfinished
+        for stale in [*corpus.folder.glob("shard-*"), *corpus.folder.glob("parts/*")]:
             stale.unlink()
     (corpus.folder / "parts").mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({"plan": plan}))
@@ -313,12 +331,14 @@ def _count(corpus: Corpus, parts: Sequence[Part], manifest: Manifest, counts: Co
     for what, n in (("documents", manifest.n_documents), ("events in them", sum(p.n_events for p in parts)),
                     ("rows", manifest.n_rows), ("tokens", manifest.n_tokens), ("padding", manifest.n_pad)):
         counts.add(f"{corpus.name}: {what}", n)
-    dropped: dict[int, int] = {}
-    for part in parts:
-        for item, n in part.dropped.items():
-            dropped[item] = dropped.get(item, 0) + n
-    for item, n in sorted(dropped.items()):
-        counts.add(f"{corpus.name}: events of item {item} dropped, no document of a row's length holds it", n)
+    items = {item for p in parts for item in p.dropped}
+    if items:
+        counts.add(f"{corpus.name}: events dropped, the line of their item does not fit into a row (items "
+                   f"{', '.join(map(str, sorted(items)[:5]))}{', ...' if len(items) > 5 else ''}; all in parts/)",
+                   sum(n for p in parts for n in p.dropped.values()))
+    if corpus.has_loss_mask:
+        counts.add(f"{corpus.name}: events dropped, nothing stands before them in a document",
+                   sum(p.n_alone for p in parts))
 
 
 def parts_of(corpus: Corpus, settings: PackSettings) -> Iterator[tuple[PartTask, Part]]:

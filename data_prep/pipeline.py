@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from cprec.errors import DataError
 from cprec.format import MANIFEST, Template, TokenizerInfo, list_corpora, read_manifest, write_atomically
@@ -289,6 +290,8 @@ def finished_stages(preparation: Preparation, stages: Sequence[Stage]) -> dict[s
 def _run(preparation: Preparation, stage: Stage, finished: dict[str, Stamp]) -> Stamp:
     start_s = time.monotonic()
     layout = preparation.layout
+    for name in {stage.name, *dependents(preparation.stages(), stage.name)}:  # of what is about to be made anew
+        layout.stamp(name).unlink(missing_ok=True)
     counts = stage.run()
     inputs = _inputs(preparation, stage, finished)
     outputs = {str(p.relative_to(layout.out)): -1 if p.name == MANIFEST else p.stat().st_size
@@ -303,9 +306,20 @@ def _run(preparation: Preparation, stage: Stage, finished: dict[str, Stamp]) -> 
     return stamp
 
 
+def dependents(stages: Sequence[Stage], name: str) -> set[str]:
+    """Names of all stages that need stage `name`, directly or through others."""
+    found = {s.name for s in stages if name in s.needs}
+    return found.union(*(dependents(stages, other) for other in found))
+
+
 def read_stamp(layout: Layout, stage: str) -> Stamp:
     """The stamp of a finished stage."""
-    return Stamp.model_validate_json(layout.stamp(stage).read_text(encoding="utf-8"))
+    path = layout.stamp(stage)
+    try:
+        return Stamp.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError:
+        raise DataError(f"{path} is not of this version of the program; give another out, or delete {layout.out} to "
+                        f"prepare it anew") from None
 
 
 def _inputs(preparation: Preparation, stage: Stage, finished: dict[str, Stamp]) -> dict[str, str]:

@@ -1,26 +1,24 @@
 """Which documents a history becomes, and which documents share a row: decided from lengths alone.
 
-reads: nothing. writes: nothing. Costs 40 bytes per document of a partition, and about a quarter of a microsecond each.
+reads: nothing. writes: nothing. Costs about 70 bytes per document of a part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from cprec.format import ITEM_BITS
 from data_prep.ragged import Ints
-
-PackMode = Literal["best_fit", "concat", "one_per_row"]
+from data_prep.records import PackMode
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of one partition, one entry per document, in the order of their ids."""
+    """The documents of one part, one entry per document, in the order of their ids."""
 
     ids: Ints
     n_items: Ints
@@ -30,9 +28,11 @@ class Documents:
     first_event: Ints
     """Where its items start in `events`."""
     events: npt.NDArray[np.int32]
-    """Catalogue numbers of the partition's histories, end to end."""
+    """Catalogue numbers of the part's histories, end to end."""
     dropped: dict[int, int]
     """Item whose line alone does not fit into a row -> how many of its events were dropped."""
+    n_alone: int = 0
+    """Events dropped because nothing stood before them, where a template needs a history before its target."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,7 +55,9 @@ class Runs:
     n_tokens: Ints
     """Tokens of its items."""
     dropped: dict[int, int]
-    """Item -> events in no run."""
+    """Item whose line alone does not fit -> its events."""
+    n_alone: int
+    """Events in runs of too few items."""
 
 
 def cut_histories(events: npt.NDArray[np.int32], lengths: Ints, line_lens: npt.NDArray[np.int32], *, room: int,
@@ -63,31 +65,35 @@ def cut_histories(events: npt.NDArray[np.int32], lengths: Ints, line_lens: npt.N
     """Cut each history at item borders into runs of at most `room` tokens.
 
     `events` are the histories' items end to end, `lengths` how many each has, `line_lens` tokens by catalogue number.
-    Dropped are events of items whose line alone does not fit, and those in a run of fewer than `min_items`.
+    Dropped are events of items whose line alone does not fit; and those in a run of fewer than `min_items` (1 or 2), to
+    which the run before has no item to give.
     """
     starts = np.cumsum(lengths) - lengths
     event_tokens = line_lens[events]
     totals = np.add.reduceat(event_tokens, starts, dtype=np.int64) if len(starts) else np.zeros(0, np.int64)
     long = np.flatnonzero((totals > room) | (lengths < min_items))
     if not len(long):
-        return Runs(np.arange(len(lengths)), np.zeros_like(lengths), lengths, totals, {})
+        return Runs(np.arange(len(lengths)), np.zeros_like(lengths), lengths, totals, {}, 0)
     dropped: dict[int, int] = {}
+    n_alone = 0
     cuts: list[tuple[int, int, int, int]] = []
     for history in long.tolist():  # few: only histories longer than a row
         mine = slice(int(starts[history]), int(starts[history] + lengths[history]))
-        items, tokens = events[mine].tolist(), event_tokens[mine].tolist()
-        kept = [(first, n) for first, n in cut_to_fit(tokens, room=room) if n >= min_items]
-        cuts += [(history, first, n, sum(tokens[first:first + n])) for first, n in kept]
-        inside = {i for first, n in kept for i in range(first, first + n)}
-        for item in (item for i, item in enumerate(items) if i not in inside):
+        tokens = event_tokens[mine].tolist()
+        for item in events[mine][event_tokens[mine] > room].tolist():
             dropped[item] = dropped.get(item, 0) + 1
+        runs = cut_to_fit(tokens, room=room)
+        if min_items == 2:
+            runs = _with_company(runs, tokens, room=room)
+        cuts += [(history, first, n, sum(tokens[first:first + n])) for first, n in runs if n >= min_items]
+        n_alone += sum(n for _, n in runs if n < min_items)
     whole = np.setdiff1d(np.arange(len(lengths)), long, assume_unique=True)
     cut = np.array(cuts, dtype=np.int64).reshape(-1, 4).T
     place = np.concatenate([whole, cut[0]])
     order = np.argsort(place, kind="stable")
     first, n_items, n_tokens = (np.concatenate([of_whole, of_cut])[order] for of_whole, of_cut in zip(
         (np.zeros_like(whole), lengths[whole], totals[whole]), cut[1:], strict=True))
-    return Runs(place[order], first, n_items, n_tokens, dropped)
+    return Runs(place[order], first, n_items, n_tokens, dropped, n_alone)
 
 
 def cut_to_fit(item_tokens: Sequence[int], *, room: int) -> list[tuple[int, int]]:
@@ -107,12 +113,25 @@ def cut_to_fit(item_tokens: Sequence[int], *, room: int) -> list[tuple[int, int]
     return runs
 
 
+def _with_company(runs: Sequence[tuple[int, int]], item_tokens: Sequence[int], *,
+                  room: int) -> list[tuple[int, int]]:
+    """The runs, where a single item gets the one before it from a run that keeps two or more, if both fit."""
+    moved: list[tuple[int, int]] = []
+    for first, n in runs:
+        if n == 1 and moved and sum(moved[-1]) == first and moved[-1][1] > 2 and sum(
+                item_tokens[first - 1:first + 1]) <= room:
+            moved[-1] = (moved[-1][0], moved[-1][1] - 1)
+            first, n = first - 1, 2
+        moved.append((first, n))
+    return moved
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """Pieces of documents in the order in which they stand in the rows; a piece is a whole document but in `concat`."""
 
     docs: Ints
-    """(n_pieces,): which document, by its place among the partition's."""
+    """(n_pieces,): which document, by its place among the part's."""
     n_tokens: Ints
     """(n_pieces,): tokens of the piece."""
     pieces_per_row: Ints
@@ -127,8 +146,54 @@ class RowPlan:
         return RowPlan(self.docs[here], self.n_tokens[here], self.pieces_per_row[first:first + n], self.skips[here])
 
 
+EXCHANGED = 32
+"""One row in so many gives its documents to fill the gaps of the others."""
+
+
 def best_fit(n_tokens: Ints, *, seq_len: int) -> RowPlan:
-    """Best-fit decreasing: the longest document first, each into the fullest row that still takes it.
+    """Best-fit decreasing, and then the gaps of its rows filled by exchange.
+
+    The documents of every 32nd row are taken out. A row with g tokens free gives up a document of n tokens for one of
+    n + g out of those, else for one that leaves it less room; what is then left of them is packed anew. Documents of
+    any lengths fill their rows so to within a token in a thousand, where best fit alone leaves two or more.
+    """
+    plan = best_fit_decreasing(n_tokens, seq_len=seq_len)
+    is_taken = np.arange(len(plan.pieces_per_row)) % EXCHANGED == EXCHANGED - 1
+    of_taken = np.repeat(is_taken, plan.pieces_per_row)
+    kept, left = _exchange(plan.docs[~of_taken], plan.pieces_per_row[~is_taken], plan.docs[of_taken], n_tokens, seq_len)
+    again = best_fit_decreasing(n_tokens[left], seq_len=seq_len)
+    docs = np.concatenate([kept, left[again.docs]])
+    return RowPlan(docs, n_tokens[docs], np.concatenate([plan.pieces_per_row[~is_taken], again.pieces_per_row]),
+                   np.zeros_like(docs))
+
+
+def _exchange(kept: Ints, per_row: Ints, taken: Ints, n_tokens: Ints, seq_len: int) -> tuple[Ints, Ints]:
+    """The documents of the kept rows, and those taken out, after exchanges that leave less room in the rows."""
+    kept, ends = kept.copy(), np.cumsum(per_row)
+    lens = n_tokens[kept]
+    gaps = seq_len - np.add.reduceat(lens, ends - per_row) if len(ends) else ends
+    pool: list[list[int]] = [[] for _ in range(seq_len + 1)]  # by length
+    for doc, n in zip(taken.tolist(), n_tokens[taken].tolist(), strict=True):
+        pool[n].append(doc)
+    lengths = sum(1 << n for n in set(n_tokens[taken].tolist()))  # bit n is set where the pool has one of n tokens
+    for row in np.flatnonzero(gaps).tolist():
+        begin, gap = int(ends[row] - per_row[row]), int(gaps[row])
+        # how much longer the longest is that fits in place of each document: the highest bit of those n + 1 to n + gap
+        longer_by = [((lengths >> n + 1) & ((1 << gap) - 1)).bit_length() for n in lens[begin:ends[row]].tolist()]
+        most = max(longer_by)
+        if most:
+            place = begin + longer_by.index(most)
+            n = int(lens[place])
+            longer = pool[n + most].pop()
+            lengths ^= (not pool[n + most]) << n + most
+            pool[n].append(int(kept[place]))
+            lengths |= 1 << n
+            kept[place] = longer
+    return kept, np.array(sorted(doc for docs in pool for doc in docs), dtype=np.int64)
+
+
+def best_fit_decreasing(n_tokens: Ints, *, seq_len: int) -> RowPlan:
+    """The longest document first, each into the fullest row that still takes it.
 
     Documents of one length are placed together: the smallest space s >= n that some row has is filled with s // n of
     them at once, which is what placing them one by one gives, since each leaves that row the fullest that takes the

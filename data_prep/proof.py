@@ -7,12 +7,14 @@ Keeps one part's documents and one shard in memory per worker.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cprec.format import PackedRows
+from cprec.errors import DataError
+from cprec.format import PackedRows, ShardInfo, file_hash
 from data_prep.pack import PartTask, documents_of, read_part
 from data_prep.plan import Documents, RowPlan
 from data_prep.ragged import Ints, dtype_for, spans
@@ -27,6 +29,8 @@ class PartProof:
     n_rows: int
     wrong_documents: int
     """Documents that are missing, packed twice or not whole, and packed ones that no history gives."""
+    lost_events: int
+    """Events of the histories that are neither in a document nor counted as dropped."""
     wrong_rows: int
     """Rows whose tokens, borders, padding or mask are not those of their documents."""
 
@@ -41,7 +45,8 @@ class _Pieces:
 
 
 def prove_part(task: PartTask) -> PartProof:
-    """Compare every row of the part with what its documents give, and count the documents."""
+    """Compare every row of the part with what its documents give, and count the documents. Raises DataError for a shard
+    whose bytes are not those that were written."""
     part = read_part(task)
     assert part is not None, "asked for before the part was looked up"
     documents, source = documents_of(task)
@@ -49,6 +54,7 @@ def prove_part(task: PartTask) -> PartProof:
     unknown = wrong_rows = 0
     last_doc, skip = -1, 0
     for info in part.shards:
+        _require_unaltered(task.corpus.folder / info.file, info)
         batch = pa.ipc.open_file(pa.memory_map(str(task.corpus.folder / info.file))).get_batch(0)
         pieces = _pieces(batch)
         docs = np.searchsorted(documents.ids, pieces.ids)
@@ -60,8 +66,20 @@ def prove_part(task: PartTask) -> PartProof:
         wrong_rows += _wrong_rows(task, batch, pieces, docs, skips, documents, source)
         if len(docs):
             last_doc, skip = int(docs[-1]), int(skips[-1] + pieces.n_tokens[-1])
+    lost = 0
+    if task.corpus.template is not None:
+        n_dropped = sum(part.dropped.values()) + part.n_alone
+        lost = abs(len(documents.events) - int(documents.n_items.sum()) - n_dropped)
     return PartProof(n_documents=len(documents), n_rows=sum(s.rows for s in part.shards), wrong_rows=wrong_rows,
+                     lost_events=lost,
                      wrong_documents=unknown + int((n_packed != documents.n_tokens).sum()))
+
+
+def _require_unaltered(path: Path, info: ShardInfo) -> None:
+    found = file_hash(path)
+    if found != info.xxh3_128:
+        raise DataError(f"shard {path} has hash {found}, its manifest says {info.xxh3_128}: its bytes were altered; "
+                        f"delete it and run launch/prepare.py again")
 
 
 def _pieces(batch: pa.RecordBatch) -> _Pieces:

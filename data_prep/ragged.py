@@ -1,12 +1,13 @@
 """Many lists of token ids as one flat array, in memory or mapped from an Arrow file, and gathering from it.
 
 reads and writes: one uncompressed Arrow IPC file with one column, `ids: large_list<uint16 or uint32>`. Mapped, it
-costs 8 bytes per list and what is touched.
+costs 8 bytes per list (16 once their lengths are asked for) and what is touched. Written part by part, it costs 24
+bytes per list; its ids pass through a second file beside it, which is gone when it is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cprec.format import replacing
+
 START, END, TARGET, FIRST_ITEM = 0, 1, 2, 3
 """Rows of the segment table: what a document starts with, what it ends with, what stands before its last item (of a
 supervised template; else an empty list), the text of item 0."""
 Ints = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32] | npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,15 @@ class Ragged:
     ids: Ids
     offsets: Ints
 
-    @property
+    @cached_property
     def lens(self) -> Ints:
+        """Ids of each list; computed when first asked for, and kept."""
         return np.diff(self.offsets)
 
     def __getitem__(self, i: int) -> Ids:
         return self.ids[self.offsets[i]:self.offsets[i + 1]]
 
-    def gather(self, rows: Ints) -> Ids:
+    def gather(self, rows: Ints | Ids) -> Ids:
         """The lists `rows`, laid end to end in that order; one copy of memory per list."""
         taken = self._as_bytes.take(pa.array(rows)).buffers()[2]
         return np.frombuffer(b"" if taken is None else taken, dtype=self.ids.dtype)  # type: ignore[return-value]
@@ -88,10 +92,35 @@ def write_ragged(path: Path, lists: Ragged) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     column = pa.LargeListArray.from_arrays(pa.array(lists.offsets), pa.array(lists.ids))
     batch = pa.record_batch({"ids": column})
-    partial = path.with_name(path.name + ".partial")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+    write_batch(path, batch)
+
+
+def write_batch(path: Path, batch: pa.RecordBatch) -> None:
+    """Write one uncompressed Arrow IPC file with this batch, by rename."""
+    with (replacing(path) as partial, pa.OSFile(str(partial), "wb") as sink,
+          pa.ipc.new_file(sink, batch.schema) as writer):
         writer.write_batch(batch)
-    partial.replace(path)
+
+
+def write_parts(path: Path, parts: Iterable[Ragged], *, dtype: Literal["uint16", "uint32"]) -> Ragged:
+    """Write the lists of all parts, in order, as `write_ragged` writes them joined; returns them as views into
+    the file.
+
+    One part's ids are in memory at a time.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flat = path.with_name(path.name + ".ids.partial")
+    lens = [np.zeros(1, np.int64)]
+    try:
+        with flat.open("wb") as sink:
+            for part in parts:
+                part.ids.astype(dtype).tofile(sink)
+                lens.append(part.lens)
+        ids: Ids = np.memmap(flat, dtype, "r") if flat.stat().st_size else np.zeros(0, dtype)
+        write_ragged(path, Ragged(ids, np.cumsum(np.concatenate(lens))))
+    finally:
+        flat.unlink(missing_ok=True)
+    return map_ragged(path)
 
 
 def map_ragged(path: Path) -> Ragged:

@@ -10,7 +10,7 @@ import json
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
@@ -25,6 +25,9 @@ INTERACTIONS = pa.schema([
 """What a parser gives. Cleaning adds `h`, the md5 of (seed, user, domain, item, ts) as 32 hex digits: the event's
 name, and the tie-breaker of the order (user, ts_ms, h). Every engine computes md5 of UTF-8 text alike."""
 
+CLEAN_INTERACTIONS = INTERACTIONS.append(pa.field("h", pa.string()))
+"""What cleaning and everything after it has."""
+
 ITEMS = pa.schema([
     ("domain", pa.string()),
     ("item_id", pa.string()),
@@ -38,6 +41,8 @@ PARSER_NAMES = ("amazon", "complete_journey", "movielens", "recbole", "tabular")
 """What a config may call a parser; `data_prep.parsers.registry` holds one for each."""
 TEMPLATE_NAMES = ("attributes", "compact", "cprec", "domains", "supervised")
 """What a config may call a template; `data_prep.templates` holds one for each."""
+PackMode = Literal["best_fit", "concat", "one_per_row"]
+"""What a config may call a way to pack; `data_prep.plan` holds one function for each."""
 
 
 class Stamp(BaseModel):

@@ -1,7 +1,7 @@
 """Plain text for replay, against forgetting: documents out of JSON lines or Parquet, made clean.
 
-reads: staged (or local) Parquet. writes: `texts/<name>.parquet`, one column `text`. Keeps `TEXTS_PER_GROUP` documents
-in memory.
+reads: staged (or local) Parquet. writes: `texts/<name>.parquet`, one column `text`. Keeps a row group
+of them in memory, `TEXTS_PER_GROUP` documents or `ROW_GROUP_TEXT_BYTES`.
 """
 
 from __future__ import annotations
@@ -47,27 +47,42 @@ def clean_text(text: str) -> str:
 
 def write_texts(path: Path, files: Sequence[tuple[Path, str]], *, counts: Counts) -> None:
     """Write the documents of a replay corpus, cleaned, as one Parquet file. Raises DataError when there is none."""
-    batches = (pa.record_batch({TEXT: pa.array(texts, pa.string())}) for texts in replay_texts(files, counts=counts))
+    found = replay_texts(files, name=path.stem, counts=counts)
+    batches = (pa.record_batch({TEXT: pa.array(texts, pa.string())}) for texts in found)
     if write_parquet(batches, path, schema=TEXTS, group_rows=TEXTS_PER_GROUP) == 0:
         raise DataError(f"replay {path.stem}: no document with any text in {files[0][0]}; correct its `path` or "
                         f"`text`, or take it out of `replay`")
 
 
-def replay_texts(files: Sequence[tuple[Path, str]], *, counts: Counts, n_docs: int = 1024) -> Iterator[list[str]]:
-    """Yield the documents of Parquet files (path, name of the column) in their order, cleaned, in batches of up to
-    `n_docs`; empty ones are left out and counted. The batches depend on the files only.
+def replay_texts(files: Sequence[tuple[Path, str]], *, name: str, counts: Counts,
+                 n_docs: int = 128) -> Iterator[list[str]]:
+    """Yield the documents of the corpus `name`, of Parquet files (path, name of the column) in their order, cleaned,
+    in batches of up to `n_docs`; empty ones are left out and counted. The batches depend on the files only.
 
-    Raises DataError when a file has no such column.
+    Raises DataError when a file has no such column of text, or cannot be read to its end.
     """
     for path, column in files:
-        file = pq.ParquetFile(path)
-        if column not in file.schema_arrow.names:
-            raise DataError(f"{path} has no column {column!r}; its columns: {', '.join(file.schema_arrow.names)}; "
-                            f"correct the replay corpus' `text`")
-        for batch in file.iter_batches(batch_size=n_docs, columns=[column]):
-            raw = batch[column].to_pylist()
+        for raw in _documents(path, column, n_docs):
             kept = [text for text in (clean_text(t) for t in raw if t is not None) if text]
-            counts.add("replay documents read", len(raw))
-            counts.add("replay documents dropped: empty", len(raw) - len(kept))
+            counts.add(f"replay {name}: documents read", len(raw))
+            counts.add(f"replay {name}: documents dropped: empty", len(raw) - len(kept))
             if kept:
                 yield kept
+
+
+def _documents(path: Path, column: str, n_docs: int) -> Iterator[list[str | None]]:
+    file = pq.ParquetFile(path)
+    if column not in file.schema_arrow.names:
+        raise DataError(f"{path} has no column {column!r}; its columns: {', '.join(file.schema_arrow.names)}; "
+                        f"correct the replay corpus' `text`")
+    kind = file.schema_arrow.field(column).type
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(values) or pa.types.is_large_string(values)):
+        raise DataError(f"{path}: column {column!r} of type {kind} is no text; convert it to strings, or correct the "
+                        f"replay corpus' `text`")
+    try:
+        for batch in file.iter_batches(batch_size=n_docs, columns=[column]):
+            yield batch[column].to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: damaged, column {column!r} cannot be read to its end: {str(e).splitlines()[0]}; "
+                        f"replace the file") from None

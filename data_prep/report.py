@@ -70,7 +70,7 @@ def _lines(engine: Engine, layout: Layout, corpora: Corpora, counts: Mapping[str
         yield from _overlap(engine, layout, corpora)
     if "sequences" in counts:
         yield from _lengths(engine, layout, corpora)
-    if layout.audit.is_file():
+    if "audit" in counts:  # while packing is redone, the file is still the old one
         yield from _audited(layout.audit)
     yield "## What each stage kept and dropped\n"
     yield from _table(("stage", "what", "n"), ((s, what, n) for s, reasons in counts.items()

@@ -27,23 +27,27 @@ class TokenSource(Protocol):
 class FromSegments:
     """Documents gathered from the catalogue's segments: start, items, what stands before the last one, that, end."""
 
-    documents: Documents
     segments: Ragged
+    parts: Ragged
+    """Of each document, the places of its parts in `segments`."""
 
     def tokens(self, docs: Ints) -> Ids:
-        return self.segments.gather(self.lists(docs))
+        return self.segments.gather(self.parts.gather(docs))
 
-    def lists(self, docs: Ints) -> Ints:
-        """Places in the segment table of all that makes up the documents, end to end."""
-        n_items = self.documents.n_items[docs]
-        ends = np.cumsum(n_items + 3)
-        lists = np.full(int(ends[-1]) if len(ends) else 0, END, dtype=np.int64)
-        lists[ends - n_items - 3] = START
-        lists[ends - 3] = TARGET
-        at = spans(ends - n_items - 2, n_items)
-        at[np.cumsum(n_items) - 1] += 1  # the last item stands behind the target segment
-        lists[at] = self.documents.events[spans(self.documents.first_event[docs], n_items)] + FIRST_ITEM
-        return lists
+
+def parts_of_documents(documents: Documents) -> Ragged:
+    """Places in the segment table of all that makes up each document."""
+    ends = np.cumsum(documents.n_items + 3)
+    parts = np.full(int(ends[-1]) if len(ends) else 0, END, dtype=np.int32)
+    starts = ends - documents.n_items - 3
+    is_item = np.ones(len(parts), bool)
+    parts[starts], parts[ends - 3] = START, TARGET
+    is_item[starts] = is_item[ends - 3] = is_item[ends - 1] = False
+    items = documents.events
+    if int(documents.n_items.sum()) != len(items):  # some were dropped
+        items = items[spans(documents.first_event, documents.n_items)]
+    parts[is_item] = items + FIRST_ITEM
+    return Ragged(parts, np.concatenate([[0], ends]))
 
 
 @dataclass(frozen=True)

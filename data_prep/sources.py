@@ -31,6 +31,9 @@ DELIMITED = (".csv", ".tsv")
 _CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _EXTRAS = {"s3": "cprec[s3]", "s3a": "cprec[s3]", "gs": "cprec[gcs]", "gcs": "cprec[gcs]"}
 _MAGIC = "*?["
+_WEB = ("http", "https")
+_WEB_MARKS = ("ETag", "Content-MD5", "Digest", "Last-Modified")
+"""What fsspec passes on of a web server's headers, where it sends them."""
 PIECE = 8 << 20
 """Bytes fetched at a time."""
 
@@ -68,12 +71,17 @@ class Source:
 
     @property
     def version(self) -> str | None:
-        """What a remote store calls these very bytes (entity tag, time of change); None of a local file."""
+        """What a remote store calls these very bytes (entity tag, time of change); None of a local file, and where a
+        web server names neither."""
         if not self.is_remote:
             return None
         with _reaching(self.place):
             fs, inside = _filesystem(self.place)
-            return str(fs.ukey(inside))
+            if self.place.partition("://")[0] not in _WEB:
+                return str(fs.ukey(inside))
+            info = fs.info(inside)  # of a web address, fsspec's own key is the address alone
+            marks = {name: info[name] for name in _WEB_MARKS if info.get(name)}
+            return str(marks | {"size": info.get("size")}) if marks else None
 
 
 class Field(BaseModel):

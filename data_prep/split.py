@@ -12,10 +12,9 @@ from cprec.errors import DataError
 from cprec.format import file_hash, write_atomically
 from data_prep.config import SplitSettings
 from data_prep.engine import Engine, Table
-from data_prep.records import INTERACTIONS, Corpora, Counts, Layout, Split, digest
+from data_prep.records import CLEAN_INTERACTIONS, Corpora, Counts, Layout, Split, digest
 
 HOLDOUT = pa.schema([("h", pa.string())])
-TRAIN = INTERACTIONS.append(pa.field("h", pa.string()))
 
 
 def split(engine: Engine, layout: Layout, settings: SplitSettings, *, corpora: Corpora, regime: str,
@@ -88,7 +87,7 @@ def _write_train(engine: Engine, layout: Layout, events: Table, t_valid: int, *,
     if regime == "disjoint":
         later = events.filter((events.ts_ms >= t_valid) & events.domain.isin(list(corpora.unseen)))
         window = window.anti_join(later.select("user_id").distinct(), "user_id")
-    n_train = engine.write(window, layout.train, schema=TRAIN, order_by=["user_id", "ts_ms", "h"])
+    n_train = engine.write(window, layout.train, schema=CLEAN_INTERACTIONS, order_by=["user_id", "ts_ms", "h"])
     counts.add("training events of unseen domains, left out", engine.count(events.filter(events.ts_ms < t_valid))
                - n_window)
     if regime == "disjoint":

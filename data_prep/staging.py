@@ -38,7 +38,7 @@ class Staged(BaseModel):
     hash: str
     """Xxh3-128 of the source as stored."""
     version: str | None
-    """What a remote store called it, see `Source.version`."""
+    """What a remote store called it, if it did: see `Source.version`."""
     reader: Reader
     n_bytes: int
     """Of the Parquet file."""
@@ -138,7 +138,7 @@ def source_hash(task: Task, standing: Staged | None) -> str:
     source = task.input.source
     if not source.is_remote:
         return file_hash(source.path)
-    if standing is not None and standing.version == source.version:
+    if standing is not None and standing.version is not None and standing.version == source.version:
         return standing.hash
     with stored(source) as stream:
         return stream.hash()

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from cprec.errors import DataError
-from cprec.format import Template, write_atomically
+from cprec.format import Template, replacing, write_atomically
 from cprec.log import get_logger
 from data_prep.records import Corpora, Counts, Layout
 
@@ -124,9 +124,8 @@ def _prove_equal(processor: sentencepiece.SentencePieceProcessor, fast: FastToke
 
 def _write(layout: Layout, model: bytes, fast: FastTokenizer) -> None:
     layout.tokenizer.mkdir(parents=True, exist_ok=True)
-    partial = layout.tokenizer / "tokenizer.model.partial"
-    partial.write_bytes(model)
-    partial.replace(layout.tokenizer / "tokenizer.model")
+    with replacing(layout.tokenizer / "tokenizer.model") as partial:
+        partial.write_bytes(model)
     fast.add_special_tokens(list(CONTROL_IDS))
     write_atomically(layout.tokenizer / "tokenizer.json", fast.to_str(pretty=True))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": UNK, "bos_token": BOS, "eos_token": EOS,

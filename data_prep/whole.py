@@ -17,7 +17,7 @@ import pyarrow as pa
 from cprec.format import Template
 from cprec.tokenizer import Tokenizer
 from data_prep.plan import Documents, document_ids
-from data_prep.ragged import Ints, Ragged, map_ragged, ragged
+from data_prep.ragged import Ints, Ragged, map_ragged, ragged, write_batch
 
 TEXTS_AT_ONCE = 1024
 DROPPED = "dropped"
@@ -87,10 +87,7 @@ def write_whole(path: Path, documents: Documents, lists: Ragged, *, dtype: str) 
         "first_event": pa.array(documents.first_event),
         "ids": pa.LargeListArray.from_arrays(pa.array(lists.offsets), pa.array(lists.ids.astype(dtype)))})
     batch = batch.replace_schema_metadata({DROPPED: json.dumps(documents.dropped)})
-    partial = path.with_name(path.name + ".partial")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    partial.replace(path)
+    write_batch(path, batch)
 
 
 def map_whole(path: Path, events: npt.NDArray[np.int32] = NO_EVENTS) -> tuple[Documents, Ragged]:

@@ -12,12 +12,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from itertools import islice
 from multiprocessing.connection import wait
 from typing import TypeVar, cast
 
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, DataError
 from cprec.log import get_logger, progress
 from cprec.tokenizer import Tokenizer, load_tokenizer
 
@@ -47,7 +48,7 @@ class Workers:
         `function` must be importable (a module's top level), tasks and results must pickle.
         """
         in_this_process = self._is_own and min(self._n, n_tasks) <= 1
-        results = map(function, tasks) if in_this_process else self._on_pool(function, tasks)
+        results = map(function, tasks) if in_this_process else self._on_pool(function, tasks, label)
         yield from progress(results, total=n_tasks, label=label, unit="tasks")
 
     def close(self) -> None:
@@ -56,7 +57,7 @@ class Workers:
             self._executor.shutdown(cancel_futures=True)
             self._executor = None
 
-    def _on_pool(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+    def _on_pool(self, function: Callable[[Task], Result], tasks: Iterable[Task], label: str) -> Iterator[Result]:
         if self._executor is None:
             # spawn: a fork of a process that holds engine threads can dead-lock
             context = multiprocessing.get_context("spawn")
@@ -67,7 +68,11 @@ class Workers:
             for task in islice(todo, 2 * self._n):
                 waiting.append(self._executor.submit(function, task))
             while waiting:
-                result = waiting.popleft().result()
+                try:
+                    result = waiting.popleft().result()
+                except BrokenProcessPool:
+                    raise DataError(f"{label}: a worker process was killed, perhaps for want of memory; the same "
+                                    f"command goes on, with fewer `workers` if need be") from None
                 for task in islice(todo, 1):
                     waiting.append(self._executor.submit(function, task))
                 yield result

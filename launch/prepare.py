@@ -47,7 +47,7 @@ def show_plan(config: PrepConfig) -> None:
         for stage in stages:
             print(f"stage {stage.name}: {'finished' if stage.name in finished else 'to do'}")
         print(f"written to {preparation.layout.out}: {WRITTEN}")
-        made = estimate(config, preparation.staging, engine=preparation.engine, template=preparation.template)
+        made = estimate(config, preparation.staging, template=preparation.template)
         print("\n".join(made.lines()))
     finally:
         preparation.close()

@@ -75,7 +75,7 @@ def render_documents(packed: Packed, settings: PackSettings, folder: Path) -> li
         for task in part_tasks(corpus, settings):
             documents, source = documents_of(task)
             assert isinstance(source, FromSegments), "stage 5 ran"
-            flat = texts.gather(source.lists(np.arange(len(documents))))
+            flat = texts.gather(source.parts.gather(np.arange(len(documents))))
             at = folder / corpus.name / f"{task.number:05d}"
             at.mkdir(parents=True, exist_ok=True)
             flat.tofile(at / "text.bin")

@@ -32,8 +32,9 @@ class Assumed:
     """Share of perfect scaling that is left on a cluster: stragglers, shuffles, shared disks."""
     network_gb_s: float = 3.0
     """Per node, each way: 25 Gbit/s."""
-    exchanges: int = 5
-    """Times that the events cross the network: see the page's table of exchanges."""
+    exchanges: int = 30
+    """Times that the events cross the network, at most: see the page's table of exchanges; at so many items none of
+    them is saved by sending the items to every executor."""
     written: int = 5
     """Artifacts that hold every event, at most: ingested, clean, training, specific and mixed histories."""
     shuffle_bytes_per_event: float = 60.0

@@ -101,7 +101,7 @@ def show_manifest(m: Manifest) -> Iterator[str]:
         "documents": f"{m.n_documents:,}, {m.n_tokens / max(m.n_documents, 1):.1f} tokens each, "
                      f"{m.n_documents / max(m.n_rows, 1):.1f} in a row; "
                      + ", ".join(f"{d} {n:,}" for d, n in m.n_documents_by_domain.items()),
-        "latest event": f"{latest:%Y-%m-%d %H:%M:%S} UTC",
+        "latest event": f"{latest:%Y-%m-%d %H:%M:%S} UTC" if m.template else "none: plain text",
         "tokenizer": f"{m.tokenizer.name}, {m.tokenizer.vocab_size:,} ids, fingerprint {m.tokenizer.fingerprint[:16]}",
         "template": f"{m.template.name} version {m.template.version}, hash {m.template_hash[:16]}" if m.template else
                     "none: plain text",
@@ -134,7 +134,9 @@ def show_row(corpus: PackedCorpus, i: int, *, tokenizer: Tokenizer, ink: Ink) ->
     for n, (doc_id, end, n_tokens) in enumerate(zip(row.doc_ids, ends, lens, strict=True)):
         inside = slice(int(end - n_tokens), int(end))
         history, first = divmod(int(doc_id), 1 << ITEM_BITS)
-        yield ink.border(f"──── document {n}: history {history} from item {first}, {n_tokens} tokens {'─' * 20}")
+        origin = (f"history {history} from item {first}" if corpus.manifest.template else
+                  f"text {history}, piece {first}")
+        yield ink.border(f"──── document {n}: {origin}, {n_tokens} tokens {'─' * 20}")
         yield "".join(_document_text(row, inside, n, tokenizer=tokenizer, ink=ink)).removesuffix("\n")
     if row.n_pad:
         yield ink.border(f"──── padding: {row.n_pad} times id {row.input_ids[-1]} {'─' * 20}")
@@ -143,7 +145,7 @@ def show_row(corpus: PackedCorpus, i: int, *, tokenizer: Tokenizer, ink: Ink) ->
 def _document_text(row: Row, inside: slice, n: int, *, tokenizer: Tokenizer, ink: Ink) -> Iterator[str]:
     """The document in pieces, parted where the loss begins or ends if the row says so."""
     ids = row.input_ids[inside]
-    mask: npt.NDArray[np.bool_] | None = getattr(row, "loss_mask", None)
+    mask = row.loss_mask
     if mask is None:
         yield ink.document(printable(tokenizer.decode(ids.tolist())), n)
         return

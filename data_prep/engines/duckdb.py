@@ -1,6 +1,6 @@
 """The engine of one machine: Ibis on DuckDB, embedded in this process.
 
-reads: Parquet, CSV. writes: what does not fit below the memory limit, into the spill folder.
+reads: Parquet. writes: what does not fit below the memory limit, into the spill folder.
 """
 
 from __future__ import annotations
@@ -44,24 +44,16 @@ class DuckDBEngine(Engine):
             raise DataError(f"{', '.join(paths)}: not readable as Parquet: {str(e).splitlines()[0]}; replace "
                             f"the file, or name another") from None
 
-    def read_text(self, paths: Sequence[Path], *, delimiter: str, quote: str) -> Table:
-        names = [str(p) for p in paths]
-        try:
-            return self._con.read_csv([_literally(n) for n in names], all_varchar=True, delim=delimiter, quote=quote,
-                                      header=True)
-        except duckdb.Error as e:
-            raise DataError(f"{', '.join(names)}: not readable as text with a header: {e}") from None
-
     def rows(self, table: Table) -> list[dict[str, Any]]:
         return [row for batch in self.batches(table) for row in batch.to_pylist()]
 
     def batches(self, table: Table) -> Iterator[pa.RecordBatch]:
         # Ibis 12's own to_pyarrow_batches calls a method that DuckDB 2.0 renamed
-        with self._errors_named():
+        with self.errors_named():
             yield from self._con.con.sql(self._con.compile(table)).to_arrow_reader(ROW_GROUP_ROWS)
 
     @contextmanager
-    def _errors_named(self) -> Iterator[None]:
+    def errors_named(self) -> Iterator[None]:
         try:
             yield
         except (duckdb.Error, OSError) as e:  # what DuckDB meets while its rows are streamed, Arrow makes an OSError

@@ -96,14 +96,14 @@ class SparkEngine(Engine):
         return self._con.table(name)
 
     def rows(self, table: Table) -> list[dict[str, Any]]:
-        with self._errors_named():
+        with self.errors_named():
             return [row.asDict(recursive=True) for row in self._session.sql(self._con.compile(table)).collect()]
 
     def batches(self, table: Table) -> Iterator[pa.RecordBatch]:
         # the driver must not hold the result: executors write it in parts, range-partitioned where it is sorted
         folder = self._parts / uuid.uuid4().hex
         try:
-            with self._errors_named():
+            with self.errors_named():
                 self._session.sql(self._con.compile(table)).write.parquet(f"file://{folder}")
             parts = sorted(folder.glob("part-*.parquet"), key=lambda p: int(p.name.split("-")[1]))
             for part in parts:
@@ -125,7 +125,7 @@ class SparkEngine(Engine):
         return "file://" + re.sub(r"([{}\[\]*?\\,])", r"\\\1", str(path))
 
     @contextmanager
-    def _errors_named(self) -> Iterator[None]:
+    def errors_named(self) -> Iterator[None]:
         try:
             yield
         except (PySparkException, Py4JError, ConnectionError) as e:

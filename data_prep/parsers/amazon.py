@@ -17,7 +17,8 @@ from pathlib import PurePosixPath
 from cprec.errors import DataError
 from cprec.log import get_logger
 from data_prep.config import Dataset
-from data_prep.mapping import Table, event_fields, item_fields, map_interactions, map_items
+from data_prep.engine import Table
+from data_prep.mapping import event_fields, item_fields, map_interactions, map_items
 from data_prep.records import Counts
 from data_prep.sources import DELIMITED, JSON, Input, Inputs, Reader, Source, find, first_lines
 

@@ -10,7 +10,7 @@ import ibis
 
 from cprec.errors import DataError
 from data_prep.config import Dataset
-from data_prep.mapping import Table
+from data_prep.engine import Table
 from data_prep.records import Counts
 from data_prep.sources import Field, Input, Inputs, Reader, find, named
 

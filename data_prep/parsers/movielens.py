@@ -13,7 +13,8 @@ import ibis
 
 from cprec.errors import DataError
 from data_prep.config import Columns, Dataset
-from data_prep.mapping import Table, event_fields, item_fields, map_interactions, map_items
+from data_prep.engine import Table
+from data_prep.mapping import event_fields, item_fields, map_interactions, map_items
 from data_prep.records import Counts
 from data_prep.sources import Field, Input, Inputs, Reader, Source, beside, find, find_one, named
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from data_prep.config import Dataset
-from data_prep.mapping import Table
+from data_prep.engine import Table
 from data_prep.parsers import amazon, complete_journey, movielens, recbole, tabular
 from data_prep.records import Counts
 from data_prep.sources import Inputs

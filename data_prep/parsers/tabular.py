@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from cprec.errors import DataError
 from data_prep.config import Dataset
-from data_prep.mapping import Table, event_fields, item_fields, map_interactions, map_items
+from data_prep.engine import Table
+from data_prep.mapping import event_fields, item_fields, map_interactions, map_items
 from data_prep.records import Counts
 from data_prep.sources import DELIMITED, JSON, PARQUET, Field, Input, Inputs, Reader, find
 
@@ -15,15 +16,19 @@ KINDS = {**dict.fromkeys(PARQUET, "parquet"), **dict.fromkeys(DELIMITED, "delimi
 
 
 def inputs(dataset: Dataset) -> Inputs:
-    """The files it reads. Raises DataError when there are none, or they are of no known kind."""
+    """The files it reads. Raises DataError when there are none, they are of no known kind, or `encoding` is of none."""
     columns = dataset.columns
     if dataset.items is None:
         raise DataError(f"dataset {dataset.path}: the tabular parser needs `items`, the file with the titles")
     if dataset.domain is None and columns.domain is None:
         raise DataError(f"dataset {dataset.path}: set `domain`, or `columns.domain` to the column that says it")
-    shop = () if dataset.domain or not columns.domain else (Field(name="domain", of=(columns.domain,)),)
-    return Inputs(events=_inputs(dataset, dataset.path, event_fields(columns) + shop),
-                  items=_inputs(dataset, dataset.items, item_fields(columns) + shop))
+    shop = () if columns.domain is None else (Field(name="domain", of=(columns.domain,)),)
+    found = Inputs(events=_inputs(dataset, dataset.path, event_fields(columns) + shop),
+                   items=_inputs(dataset, dataset.items, item_fields(columns) + shop))
+    if dataset.encoding is not None and not any(i.reader.kind == "delimited" for i in (*found.events, *found.items)):
+        raise DataError(f"dataset {dataset.path}: encoding={dataset.encoding} cannot be set, JSON lines and Parquet "
+                        f"are UTF-8; remove it")
+    return found
 
 
 def parse(dataset: Dataset, events: Table, items: Table, counts: Counts) -> tuple[Table, Table]:

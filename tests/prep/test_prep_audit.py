@@ -15,12 +15,13 @@ import shops
 
 from cprec.errors import DataError
 from cprec.format import Audit, PackedCorpus, file_hash, read_manifest, write_manifest
-from data_prep.audit import audit
+from data_prep.audit import _shows_titles, _titles, audit
 from data_prep.config import PrepConfig
 from data_prep.pack import Part
 from data_prep.pipeline import Preparation, prepare
 from data_prep.records import Layout
 from data_prep.split import read_split
+from data_prep.templates import TEMPLATES
 from data_prep.workers import Workers
 
 Change = Callable[[dict[str, Any]], None]
@@ -74,9 +75,11 @@ def test_a_clean_preparation_passes_every_check(prepared: Path) -> None:
     found = read_audit(prepared / "audit.json")
     assert all(a.passed for a in found.values()) and len(found) == 8
     assert set(found["mixed"].checks) == {
-        "every document once", "inside the clock", "no held-out event", "no unseen item or title",
+        "every document once", "every event in a document, or counted as dropped", "inside the clock",
+        "no held-out event", "no unseen item or title",
         "titles shared with an unseen domain are listed", "rows are their documents' tokens",
         "decoded documents are their items' text", "no decoded title is unseen"}
+    assert not [p for p in prepared.iterdir() if "partial" in p.name]
 
 
 def test_a_title_shared_with_an_unseen_domain_that_is_not_listed_is_found(copy_of_prepared: Path) -> None:
@@ -180,6 +183,45 @@ def test_an_unseen_title_written_into_a_row_is_found(copy_of_prepared: Path) -> 
         run_audit(out)
     assert failed_checks(out, "specific/toys") == {
         "no decoded title is unseen", "decoded documents are their items' text", "rows are their documents' tokens"}
+
+
+def retitle(raw: Path, folder: Path, titles: dict[tuple[str, int], str]) -> Path:
+    """The shops' logs in `folder`, with other titles of some items (shop, place)."""
+    folder.mkdir()
+    for path in raw.iterdir():
+        table = pq.read_table(path)
+        if path.name.endswith(".items.parquet"):
+            mine = {i: title for (shop, i), title in titles.items() if path.name.startswith(shop)}
+            column = [mine.get(i, title) for i, title in enumerate(table["title"].to_pylist())]
+            table = table.set_column(table.schema.get_field_index("title"), "title", pa.array(column))
+        pq.write_table(table, folder / path.name)
+    return folder
+
+
+def test_a_title_with_the_mark_that_ends_an_item_is_no_leak_of_its_second_half_and_replay_text_is_looked_at(
+        raw: Path, tmp_path: Path, tiny_tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_prep.audit.SAMPLED_ROWS", 10_000)
+    logs = retitle(raw, tmp_path / "raw", {("books", 5): "Shampoo; Soap", ("garden", 1): "Soap"})
+    (tmp_path / "notes.jsonl").write_text(json.dumps({"text": "On washing.\n\nSOAP!\nIt cleans."}) + "\n")
+    change = {"template": "compact", "tokenizer": {"path": tiny_tokenizer},
+              "replay": [{"name": "notes", "path": str(tmp_path / "notes.jsonl")}]}
+    prepare(shops.config(shops.config_values(logs, tmp_path / "out") | change))
+    found = read_audit(tmp_path / "out" / "audit.json")
+    assert found["mixed"].passed and found["mixed"].checks["no decoded title is unseen"].startswith("not checked: ")
+    finding = found["replay/notes"].checks["no line of the text is an unseen title"]
+    assert finding == "NOTED: 1 of 3 lines in 1 rows of 1 are"
+    counts = json.loads((tmp_path / "out" / "report.json").read_text())["audit"]
+    assert counts["replay/notes: sampled lines that are titles of an unseen domain"] == 1
+
+
+def test_only_titles_are_taken_for_titles() -> None:
+    shown = {name for name, template in TEMPLATES.items() if _shows_titles(template)}
+    assert shown == {"cprec", "supervised"}
+    lines = ["Chosen lamp\n", "Oak desk\n"]
+    supervised = TEMPLATES["supervised"]
+    assert _titles(supervised.render(lines), supervised) == ["Chosen lamp", "Oak desk"]
+    with_tail = TEMPLATES["cprec"].model_copy(update={"tail": "Done.\n"})
+    assert _titles(with_tail.render(lines), with_tail) == ["Chosen lamp", "Oak desk"]
 
 
 def swap_two_tokens(batch: pa.RecordBatch) -> dict[str, pa.Array]:

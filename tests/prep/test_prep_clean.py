@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shops
 
 from cprec.errors import DataError
 from data_prep.clean import (
+    CODE,
     CONTROL,
     CUT,
     ENTITIES,
+    NOTHING,
     SPACES,
     TAGS,
     Title,
@@ -23,7 +26,7 @@ from data_prep.clean import (
     k_core,
 )
 from data_prep.config import CleanSettings
-from data_prep.records import Corpora, Counts, Layout, title_key
+from data_prep.records import ITEMS, Corpora, Counts, Layout, title_key
 
 CORPORA = Corpora(pretrain=("books",), unseen=("garden",))
 
@@ -186,6 +189,44 @@ def test_every_title_of_an_unseen_item_that_the_source_repeats_is_kept_out(tmp_p
     counts = clean(engine, layout, CleanSettings(), corpora=CORPORA, seed=1).by_reason
     engine.close()
     assert counts["events dropped: its title is in an unseen domain's catalogue"] == 2
+
+
+def test_a_kept_item_is_never_merged_into_a_dropped_one_of_the_same_title(tmp_path: Path) -> None:
+    # b1 is dropped, for its id is sold in the garden; b2 and b3 stay, and stand for b2
+    layout = Layout(tmp_path)
+    shops.write_items(layout.raw_items, [("books", "b1", "Dune"), ("books", "b2", "Dune"), ("books", "b3", "Dune"),
+                                         ("garden", "b1", "Rake")])
+    shops.write_events(layout.raw_interactions, [("u1", "books", "b1", 1), ("u1", "books", "b2", 2),
+                                                 ("u1", "books", "b3", 3), ("u1", "garden", "b1", 4)])
+    engine = shops.engine(tmp_path)
+    counts = clean(engine, layout, CleanSettings(merge_same_titles=True, shared_item_ids=True), corpora=CORPORA,
+                   seed=1).by_reason
+    engine.close()
+    assert pq.read_table(layout.items).select(["domain", "item_id"]).to_pylist() == [
+        {"domain": "books", "item_id": "b2"}, {"domain": "garden", "item_id": "b1"}]
+    assert pq.read_table(layout.interactions)["item_id"].to_pylist() == ["b2", "b2", "b1"]
+    assert (counts["items merged into one of the same title"], counts["events kept"]) == (1, 3)
+
+
+def test_brands_and_categories_are_cleaned_as_titles_are_and_counted(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    items = [("b1", "Dune", "Tom &amp; Co", "A &gt; B\n"), ("b2", "Emma", "Tom &amp; Co", "word " * 2000),
+             ("b3", "Rope", "var ue_t0=1; getTime()", None), ("b4", "Kite", "<b> </b>", "plain")]
+    columns = {"domain": ["books"] * 4} | {n: [i[k] for i in items] for k, n in enumerate(
+        ("item_id", "title", "brand", "category"))}
+    layout.raw_items.parent.mkdir()
+    pq.write_table(pa.table(columns, schema=ITEMS), layout.raw_items)
+    shops.write_events(layout.raw_interactions, [("u1", "books", i[0], 1) for i in items])
+    engine = shops.engine(tmp_path)
+    counts = clean(engine, layout, CleanSettings(), corpora=Corpora(("books",), ()), seed=1).by_reason
+    engine.close()
+    found = pq.read_table(layout.items)
+    assert found["brand"].to_pylist() == ["Tom & Co", "Tom & Co", None, None]
+    assert found["category"].to_pylist() == ["A > B", ("word " * 60).strip(), None, "plain"]
+    assert {k: n for k, n in counts.items() if k.startswith("brands and categories")} == {
+        f"brands and categories: {what}": n for what, n in (
+            (TAGS, 0), (CODE, 1), (ENTITIES, 3), (CONTROL, 1), (SPACES, 1), (NOTHING, 1),
+            ("cut to 300 characters", 1))}
 
 
 def test_the_hash_is_the_md5_of_seed_user_domain_item_and_time(tmp_path: Path) -> None:

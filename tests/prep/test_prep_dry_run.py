@@ -23,20 +23,16 @@ def values(raw: Path, tmp_path: Path) -> dict[str, Any]:
     return shops.config_values(raw, tmp_path / "out")
 
 
-def look(values: dict[str, Any], folder: Path) -> Estimate:
+def look(values: dict[str, Any]) -> Estimate:
     config = shops.config(values)
     preparation = Preparation(config)
-    engine = shops.engine(folder)
-    try:
-        return estimate(config, preparation.staging, engine=engine, template=preparation.template)
-    finally:
-        engine.close()
+    return estimate(config, preparation.staging, template=preparation.template)
 
 
 def test_events_are_counted_and_tokens_estimated_without_writing_anything(
         values: dict[str, Any], prepared: Path, tmp_path: Path) -> None:
     values["tokenizer"] = {"path": str(prepared / "tokenizer")}
-    found = look(values, tmp_path)
+    found = look(values)
     assert found.n_events == {shop: 60.0 * n for shop, n in shops.SHOPS.items()}
     assert all(seen.events.is_exact and seen.items.is_exact for seen in found.looks)
     made = sum(read_manifest(prepared / "packed" / name).n_tokens for name in list_corpora(prepared / "packed")
@@ -50,7 +46,7 @@ def test_every_mapping_that_names_no_column_is_told_at_once(values: dict[str, An
     values["datasets"][0]["columns"]["user_id"] = "usr_id"
     values["datasets"][1]["columns"]["title"] = "nome"
     with pytest.raises(DataError, match="2 problems") as e:
-        look(values, tmp_path)
+        look(values)
     assert "books.parquet has no column 'usr_id' (for user_id); did you mean 'user_id'?" in str(e.value)
     assert "games.items.parquet has no column 'nome' (for title)\n" in str(e.value)
     assert str(e.value).count("item_id, title") == 1, "the columns are listed once"
@@ -63,12 +59,12 @@ def test_a_text_source_is_judged_by_its_beginning(values: dict[str, Any], raw: P
     pyarrow.csv.write_csv(pq.read_table(raw / "garden.parquet"), tmp_path / "garden.csv")
     packed.write_bytes(gzip.compress((tmp_path / "garden.csv").read_bytes()))
     values["datasets"][2]["path"], values["datasets"][3]["path"] = str(plain), str(packed)
-    found = look(values, tmp_path)
+    found = look(values)
     assert found.looks[2].events == Rows(60 * 36 + 1, is_exact=False)  # the header counts as a line
     assert found.looks[3].events == Rows(60 * 20 + 1, is_exact=False)
     assert found.staged_bytes > 0
     monkeypatch.setattr(module, "HEAD_BYTES", 4096)  # of 54,000 bytes
-    found = look(values, tmp_path)
+    found = look(values)
     assert found.looks[2].events.n == pytest.approx(60 * 36, rel=0.02)
 
 
@@ -78,13 +74,13 @@ def test_of_many_files_some_are_looked_into(values: dict[str, Any], raw: Path, t
     for i in range(20):
         pq.write_table(table.slice(108 * i, 108), tmp_path / "toys" / f"{i:02d}.parquet")
     values["datasets"][2]["path"] = str(tmp_path / "toys")
-    found = look(values, tmp_path).looks[2].events
+    found = look(values).looks[2].events
     assert not found.is_exact and found.n == pytest.approx(60 * 36, rel=0.02) and str(found).startswith("about 2,1")
 
 
 def test_a_domain_that_the_sample_lacks_and_what_is_assumed_are_noted(values: dict[str, Any], tmp_path: Path) -> None:
     values["domains"]["unseen"] = ["gardn"]
-    notes = "\n".join(look(values, tmp_path).lines())
+    notes = "\n".join(look(values).lines())
     assert "no sampled event is of domain 'gardn'; did you mean 'garden'" in notes
     assert "2.6 characters are taken for a token" in notes and "columns fit" in notes
 

@@ -15,8 +15,25 @@ from hypothesis import strategies as st
 from cprec.errors import DataError
 from cprec.format import Template
 from data_prep.clean import clean_title
-from data_prep.encode import Lines, border_documents, encode_frame, encode_lines, prove, require_same
-from data_prep.ragged import FIRST_ITEM, concatenate, document_rows, map_ragged, ragged, spans, write_ragged
+from data_prep.encode import (
+    Lines,
+    border_documents,
+    encode_frame,
+    encode_lines,
+    prove,
+    read_some_lines,
+    require_same,
+)
+from data_prep.ragged import (
+    FIRST_ITEM,
+    concatenate,
+    document_rows,
+    map_ragged,
+    ragged,
+    spans,
+    write_parts,
+    write_ragged,
+)
 from data_prep.records import Corpora, Layout
 from data_prep.templates import TEMPLATES
 from data_prep.workers import cached_tokenizer
@@ -108,7 +125,7 @@ def test_every_history_of_the_prepared_shops_has_the_ids_of_its_whole_text(
         prepared: Path, tiny_tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     corpora, layout = Corpora(("books", "games", "toys"), ("garden",)).all, Layout(prepared)
     n_histories = sum(pq.ParquetFile(layout.histories(c)).metadata.num_rows for c in corpora)
-    lines = pq.read_table(layout.catalogue)["line"]
+    lines = pq.read_table(layout.catalogue)["line"].chunks
     monkeypatch.setattr("data_prep.encode.SAMPLED_PER_CORPUS", n_histories)
     n_proved = prove(layout, corpora, tokenizer=tiny_tokenizer, template=TEMPLATE, seed=17)
     assert n_proved == n_histories + len(list(border_documents(lines, TEMPLATE)))
@@ -117,8 +134,8 @@ def test_every_history_of_the_prepared_shops_has_the_ids_of_its_whole_text(
 def test_each_kind_of_beginning_is_proved_after_each_kind_of_end() -> None:
     # beginnings: "R" upper case, "o" lower case, "(" a sign, "1" a digit, a letter of no case; "A" is another upper
     # ends before the line break: "p" lower case, "k", ")" a sign, "京" a letter of no case
-    lines = pa.chunked_array([["Red lamp\n", "oak desk\n"], ["(box)\n", "100 p\n", "東京\n", "Also p\n"]])
-    found = [d.tolist() for d in border_documents(lines, TEMPLATE)]
+    lines = [["Red lamp\n", "oak desk\n"], ["(box)\n", "100 p\n", "東京\n", "Also p\n"]]
+    found = [d.tolist() for d in border_documents(map(pa.array, lines), TEMPLATE)]
     assert found == [[0], [0, 0], [1], [1, 1], [2], [2, 2], [3], [3, 3], [4], [4, 4],
                      [0, 0, 0, 1, 0, 2, 0, 3, 0, 4], [2, 0, 2, 1, 2, 2, 2, 3, 2, 4], [4, 0, 4, 1, 4, 2, 4, 3, 4, 4]]
 
@@ -157,3 +174,24 @@ def test_ragged_lists_survive_joining_writing_and_mapping(tmp_path: Path) -> Non
     mapped = map_ragged(tmp_path / "x.arrow")
     assert [mapped[i].tolist() for i in range(3)] == [[1, 2], [], [3]]
     assert mapped.gather(np.array([2, 0, 2])).tolist() == [3, 1, 2, 3]
+
+
+def test_parts_are_written_one_by_one_with_the_bytes_of_all_of_them_joined(tmp_path: Path) -> None:
+    parts = [ragged([[1, 2], []]), ragged([]), ragged([[3], [4, 65535]])]
+    written = write_parts(tmp_path / "parts.arrow", iter(parts), dtype="uint16")
+    joined = concatenate(parts)
+    write_ragged(tmp_path / "joined.arrow", type(joined)(joined.ids.astype(np.uint16), joined.offsets))
+    assert [written[i].tolist() for i in range(4)] == [[1, 2], [], [3], [4, 65535]]
+    assert written.lens.tolist() == [2, 0, 1, 2] and written.lens is written.lens
+    assert (tmp_path / "parts.arrow").read_bytes() == (tmp_path / "joined.arrow").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["joined.arrow", "parts.arrow"]
+
+
+def test_some_lines_are_read_over_row_groups_and_a_number_beyond_the_catalogue_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "catalogue.parquet"
+    pq.write_table(pa.table({"line": ["a", "b", "c", "d", "e"]}), path, row_group_size=2)
+    lines = read_some_lines(path, np.array([4, 1, 0, 4]))
+    assert lines.items.tolist() == [0, 1, 4] and lines.of([4, 0, 1, 4]) == ["e", "a", "b", "e"]
+    assert read_some_lines(path, np.zeros(0, np.int64)).of([]) == []
+    with pytest.raises(DataError, match="has no item 5, which a history names"):
+        read_some_lines(path, np.array([3, 5]))

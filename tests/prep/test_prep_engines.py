@@ -19,9 +19,16 @@ import pytest
 import shops
 
 from cprec.errors import ConfigError, DataError
-from data_prep.engine import Engine, in_order
+from data_prep.config import Dataset
+from data_prep.engine import Engine, in_order, write_parquet
 from data_prep.engines.duckdb import DuckDBEngine
+from data_prep.ingest import DatasetTasks, parse
+from data_prep.mapping import chosen
+from data_prep.parsers.registry import PARSERS
 from data_prep.pipeline import prepare
+from data_prep.records import Counts
+from data_prep.sources import Field
+from data_prep.staging import tasks_of
 
 Connect = Callable[[Path], Engine]
 
@@ -122,6 +129,53 @@ def test_time_columns_of_every_unit_are_times(engine: Engine, tmp_path: Path, un
     ms = table.t.truncate("s").epoch_seconds().cast("int64") * 1000 + table.t.millisecond().cast("int64")
     found = [row["ms"] for row in engine.rows(table.select(ms=ms))]
     assert found == ([1_577_836_800_000, 0, None] if unit == "s" else [1_577_836_801_600, -1600, None])
+
+
+def test_texts_of_parquet_follow_the_rules_of_text_files(engine: Engine, tmp_path: Path) -> None:
+    rows: list[tuple[Any, Any, Any, str | None]] = [  # a text, the parts of a path, several paths, the path then read
+        ("", [], [], None), (" ", ["A", None, "", "B"], [["A", None, "", "B"], ["C"]], "A > B"),
+        (None, None, None, None), ("x", ["A"], [["A"], None], "A"), ("y", [""], [[], ["C"]], None)]
+    table = {"text": [r[0] for r in rows], "one": [r[1] for r in rows], "more": [r[2] for r in rows]}
+    pq.write_table(pa.table(table), tmp_path / "in.parquet")
+    fields = (Field(name="id", of=("text",)), Field(name="a", of=("one",), kind="path"),
+              Field(name="b", of=("more",), kind="path"),
+              Field(name="coarse", of=("one", "text"), kind="path"))
+    found = engine.rows(chosen(engine.read(tmp_path / "in.parquet"), fields, source="in"))
+    assert sorted((r["id"] or "", r["a"], r["b"]) for r in found) == sorted(
+        (r[0] or "", r[3], r[3]) for r in rows)
+    assert "" not in {r["id"] for r in found} and {r["coarse"] for r in found} == {None, "A > B", "A", "y"}
+
+
+def test_a_damaged_column_of_times_is_an_error_of_the_source(engine: Engine, tmp_path: Path) -> None:
+    n = 3000
+    pq.write_table(pa.table({"timestamp": [f"{i * 7919 % 99_991:09d}" for i in range(n)], "user_id": ["u"] * n,
+                             "item_id": ["x"] * n}), tmp_path / "e.parquet", compression="zstd", use_dictionary=False)
+    pq.write_table(pa.table({"item_id": ["x"], "title": ["X"]}), tmp_path / "i.parquet")
+    torn = bytearray((tmp_path / "e.parquet").read_bytes())
+    torn[80:1000] = bytes(920)
+    (tmp_path / "e.parquet").write_bytes(torn)
+    dataset = Dataset(parser="tabular", domain="d", path=str(tmp_path / "e.parquet"), items=str(tmp_path / "i.parquet"))
+    inputs = PARSERS["tabular"].inputs(dataset)
+    tasks = tasks_of([*inputs.events, *inputs.items], tmp_path)
+    with pytest.raises(DataError, match="cannot read a source"):
+        parse(engine, DatasetTasks(dataset, events=(tasks[0],), items=(tasks[1],)), Counts("ingest"))
+
+
+def test_a_row_group_ends_where_its_texts_reach_the_limit_however_the_rows_come(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_prep.engine.ROW_GROUP_TEXT_BYTES", 10)
+    # bytes 4 4 4 | 12 | 1 1 null 1 (four rows) | 9 1 | 2
+    texts = ["a" * 4, "b" * 4, "c" * 4, "d" * 12, "e", "f", None, "g", "h" * 9, "i", "jj"]
+    schema = pa.schema([("n", pa.int64()), ("t", pa.string())])
+    table = pa.table({"n": range(11), "t": texts}, schema=schema)
+    written = set()
+    for size in (1, 3, 11):
+        assert write_parquet(table.to_batches(size), tmp_path / "t.parquet", schema=schema, group_rows=4) == 11
+        metadata = pq.read_metadata(tmp_path / "t.parquet")
+        assert [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)] == [3, 1, 4, 2, 1]
+        assert pq.read_table(tmp_path / "t.parquet").equals(table)
+        written.add((tmp_path / "t.parquet").read_bytes())
+    assert len(written) == 1
 
 
 def test_a_file_that_is_no_parquet_is_named(engine: Engine, tmp_path: Path) -> None:

@@ -100,6 +100,9 @@ def test_amazon_ratings_whose_columns_are_not_clear_are_refused_until_the_config
     ({"parser": "movielens", "encoding": "latin-1"}, ConfigError, "parser movielens knows its own"),
     ({"parser": "movielens", "columns": {"title": "t"}}, ConfigError, "columns.title cannot be set"),
     ({"parser": "complete_journey", "items": "x"}, ConfigError, "items=x cannot be set"),
+    ({"parser": "recbole", "columns": {"domain": "d"}}, ConfigError, "columns.domain=d cannot be set"),
+    ({"parser": "tabular", "domain": "x", "columns": {"domain": "d"}}, ConfigError, "columns.domain=d and domain=x"),
+    ({"parser": "complete_journey", "columns": {"timestamp_unit": "s"}}, ConfigError, "timestamp_unit cannot be set"),
     ({"parser": "tabular", "encoding": "utf-16"}, ConfigError, "no encoding in which a line ends as in ASCII"),
     ({"parser": "tabular", "encoding": "klingon"}, ConfigError, "encoding='klingon': no encoding"),
 ])
@@ -107,6 +110,17 @@ def test_what_a_parser_needs_or_does_not_heed_is_said(
         tmp_path: Path, values: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         parse(tmp_path, path=str(tmp_path), **values)
+
+
+def test_an_encoding_that_no_file_heeds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "e.jsonl").write_text('{"user_id": "u", "item_id": "x", "timestamp": 5}\n')
+    (tmp_path / "i.jsonl").write_text('{"item_id": "x", "title": "X"}\n')
+    (tmp_path / "i.csv").write_bytes("item_id,title\nx,Cit\xe9\n".encode("latin-1"))
+    values = {"parser": "tabular", "domain": "d", "encoding": "latin-1", "path": str(tmp_path / "e.jsonl")}
+    with pytest.raises(DataError, match="encoding=latin-1 cannot be set, JSON lines and Parquet are UTF-8; remove it"):
+        parse(tmp_path, **values, items=str(tmp_path / "i.jsonl"))
+    _, items = parse(tmp_path, **values, items=str(tmp_path / "i.csv"))
+    assert items_of(items) == [("d", "x", "Cit\xe9", None, None)]
 
 
 def test_metadata_that_is_broken_is_one_clear_error(tmp_path: Path) -> None:

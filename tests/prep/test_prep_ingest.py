@@ -90,10 +90,10 @@ def test_a_lost_replay_text_is_staged_again(from_text: Preparation) -> None:
 
 def test_replay_gives_every_document_cleaned_in_order_and_counts_the_empty_ones(from_text: Preparation) -> None:
     counts = Counts("pack")
-    batches = list(replay_texts(from_text.staging.replay_files("notes"), counts=counts, n_docs=3))
+    batches = list(replay_texts(from_text.staging.replay_files("notes"), name="notes", counts=counts, n_docs=3))
     assert [t for batch in batches for t in batch] == CLEAN + CLEAN
     assert max(map(len, batches)) <= 3 and all(batches)
-    assert counts.by_reason == {"replay documents read": 14, "replay documents dropped: empty": 6}
+    assert counts.by_reason == {"replay notes: documents read": 14, "replay notes: documents dropped: empty": 6}
 
 
 @pytest.mark.parametrize(("raw_text", "text"), [
@@ -106,7 +106,20 @@ def test_a_text_keeps_its_lines_and_letters(raw_text: str, text: str) -> None:
 def test_replay_without_its_column_is_an_error_that_names_the_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"no column 'text'; its columns: body, n; correct the replay corpus' `text`"):
-        list(replay_texts([(tmp_path / "a.parquet", "text")], counts=Counts("pack")))
+        list(replay_texts([(tmp_path / "a.parquet", "text")], name="a", counts=Counts("ingest")))
+
+
+def test_replay_that_is_no_text_or_damaged_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [b"bytes"]}), path)
+    with pytest.raises(DataError, match=r"a\.parquet: column 'text' of type binary is no text; convert it to strings"):
+        list(replay_texts([(path, "text")], name="a", counts=Counts("ingest")))
+    pq.write_table(pa.table({"text": [str(i) * 9 for i in range(1000)]}), path, compression="zstd")
+    torn = bytearray(path.read_bytes())
+    torn[60:400] = bytes(340)
+    path.write_bytes(torn)
+    with pytest.raises(DataError, match=r"a\.parquet: damaged, column 'text' cannot be read to its end: "):
+        list(replay_texts([(path, "text")], name="a", counts=Counts("ingest")))
 
 
 @pytest.mark.parametrize(("replay", "error", "message"), [

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import shops
 
+from cprec.errors import DataError
 from data_prep.config import Columns
 from data_prep.mapping import chosen, event_fields, map_interactions
 from data_prep.records import Counts
@@ -52,3 +53,14 @@ def test_whole_numbers_are_ids_whatever_their_type(tmp_path: Path) -> None:
     assert mapped(tmp_path, "item_id", pa.array([7.0, float("nan"), None, 1e10, 1.5])) == [
         "7", None, None, "10000000000", None]
     assert mapped(tmp_path, "user_id", pa.array([7, 2**63], pa.uint64())) == ["7", "9223372036854775808"]
+
+
+@pytest.mark.parametrize(("column", "values", "message"), [
+    ("user_id", pa.array([b"u"]), "source: column 'user_id' of type binary cannot be read as text; convert it, or"),
+    ("item_id", pa.array([["x"]]), "column 'item_id' of type array<string> cannot be read as text"),
+    ("rating", pa.array([{"stars": 5}]), r"column 'rating' of type struct<stars: int64> cannot be read as a number"),
+])
+def test_a_column_of_a_type_that_holds_no_such_value_is_named(
+        tmp_path: Path, column: str, values: pa.Array, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        mapped(tmp_path, column, values)

@@ -19,7 +19,17 @@ from cprec.format import PackedCorpus, list_corpora
 from cprec.tokenizer import load_tokenizer
 from data_prep.pack import gathered_documents
 from data_prep.pipeline import prepare
-from data_prep.plan import PACK_MODES, Documents, RowPlan, best_fit, concat, cut_to_fit, one_per_row
+from data_prep.plan import (
+    PACK_MODES,
+    Documents,
+    RowPlan,
+    best_fit,
+    best_fit_decreasing,
+    concat,
+    cut_histories,
+    cut_to_fit,
+    one_per_row,
+)
 from data_prep.ragged import ragged
 from data_prep.rows import FromSegments, fill_rows
 from data_prep.templates import TEMPLATES
@@ -47,7 +57,7 @@ def one_by_one(lengths: list[int], *, seq_len: int) -> list[list[int]]:
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=120))
 @settings(deadline=None, derandomize=True)
 def test_packing_equal_lengths_at_once_fills_rows_as_packing_one_by_one_does(lengths: list[int]) -> None:
-    plan = best_fit(np.array(lengths), seq_len=40)
+    plan = best_fit_decreasing(np.array(lengths), seq_len=40)
     rows = rows_of(plan)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert plan.n_tokens.tolist() == [lengths[i] for row in rows for i in row] and not plan.skips.any()
@@ -63,7 +73,22 @@ def test_packing_equal_lengths_at_once_fills_rows_as_packing_one_by_one_does(len
     ([4, 4, 4, 2, 2], [[0, 1, 3], [2, 4]]),  # the third 4 opens a row; each 2 goes where less is left
 ])
 def test_best_fit_by_hand(lengths: list[int], rows: list[list[int]]) -> None:
-    assert rows_of(best_fit(np.array(lengths), seq_len=10)) == rows
+    assert rows_of(best_fit_decreasing(np.array(lengths), seq_len=10)) == rows
+
+
+@given(lengths=st.lists(st.integers(1, 40), max_size=400))
+@settings(deadline=None, derandomize=True)
+def test_exchanging_documents_loses_none_and_overfills_no_row(lengths: list[int]) -> None:
+    plan = best_fit(np.array(lengths, np.int64), seq_len=40)
+    assert sorted(plan.docs.tolist()) == list(range(len(lengths))) and plan.pieces_per_row.sum() == len(lengths)
+    assert all(0 < sum(lengths[i] for i in row) <= 40 for row in rows_of(plan) if lengths)
+
+
+def test_rows_that_best_fit_alone_leaves_open_are_filled_by_exchange() -> None:
+    lengths = np.random.default_rng(1).integers(30, 200, 20_000)  # no document fits into a gap below 30
+    alone, exchanged = (plan(lengths, seq_len=1024) for plan in (best_fit_decreasing, best_fit))
+    gaps = [1 - lengths.sum() / (1024 * len(plan.pieces_per_row)) for plan in (alone, exchanged)]
+    assert gaps[1] < gaps[0] / 2
 
 
 def test_documents_end_to_end_are_cut_where_a_row_ends() -> None:
@@ -121,7 +146,7 @@ def test_a_target_stands_behind_its_segment_and_needs_a_history_before_it() -> N
     segments = ragged([[1], [2], [3], [5] * 3, [6] * 4, [7] * 9])  # room 7 again
     made, source = documents_of_histories(HISTORIES, segments=segments, has_target=True)
     assert [divmod(i, 1 << 16) for i in made.ids.tolist()] == [(70, 0), (71, 0)]
-    assert made.dropped == {0: 2, 1: 1, 2: 1}  # pieces of one item: nothing is left to be their history
+    assert made.dropped == {2: 1} and made.n_alone == 3  # pieces of one item: nothing is left to be their history
     assert source.tokens(np.array([0])).tolist() == [1, 5, 5, 5, 3, 6, 6, 6, 6, 2]
     assert made.n_target_tokens.tolist() == [5, 4]  # the last item and the end
     rows = fill_rows(best_fit(made.n_tokens, seq_len=10), made, source, seq_len=10, dtype="uint16", pad_id=0,
@@ -129,6 +154,21 @@ def test_a_target_stands_behind_its_segment_and_needs_a_history_before_it() -> N
     assert rows.loss_mask is not None
     assert rows.input_ids.tolist() == [[1, 5, 5, 5, 3, 6, 6, 6, 6, 2], [1, 5, 5, 5, 3, 5, 5, 5, 2, 0][:10]]
     assert rows.loss_mask.astype(int).tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1, 1, 1, 0]]
+
+
+def test_a_single_last_item_gets_company_from_the_run_before_it() -> None:
+    line_lens = np.array([2, 5, 9], np.int32)
+    events = np.array([*[0, 0, 0, 0], *[0, 0, 0, 1], *[1, 0, 1]], np.int32)  # 2 2 2 2, 2 2 2 5, 5 2 5 tokens
+    runs = cut_histories(events, np.array([4, 4, 3]), line_lens, room=7, min_items=2)
+    assert list(zip(runs.place.tolist(), runs.first_item.tolist(), runs.n_items.tolist(), strict=True)) == [
+        (0, 0, 2), (0, 2, 2), (1, 0, 2), (1, 2, 2), (2, 0, 2)]
+    assert runs.n_tokens.tolist() == [4, 4, 4, 7, 7]
+    assert runs.dropped == {} and runs.n_alone == 1  # 5 2 keep each other company, the last 5 has none
+
+
+def test_exchange_costs_little_where_rows_have_wide_gaps() -> None:
+    plan = best_fit(np.full(20_000, 2100), seq_len=4096)
+    assert plan.pieces_per_row.tolist() == [1] * 20_000
 
 
 def test_rows_of_documents_end_to_end_hold_every_token_in_order() -> None:

@@ -25,6 +25,7 @@ from data_prep.records import STAGES
 from data_prep.templates import TEMPLATES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_plain_text_is_packed_whole_beside_the_histories(
     assert manifest.kind == "train" and manifest.template is None and len(packed) > 3
     assert manifest.audit is not None and manifest.audit.passed
     counts = json.loads((tmp_path / "out" / "report.json").read_text())["ingest"]
-    assert counts["replay documents dropped: empty"] == 1
+    assert counts["replay notes: documents dropped: empty"] == 1
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -196,19 +197,52 @@ def test_every_template_goes_through_the_line_and_passes_the_audit(
         assert row.loss_mask[n - 1] and not row.loss_mask[0]  # the end is predicted, the lead-in is not
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun: pip install mpich, or install Open MPI")
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun: pip install mpich, or install Open MPI")
 def test_three_mpi_ranks_pack_the_same_bytes_as_one_process(
         prepared: Path, values: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("mpi4py")
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
-    command = ["mpirun", "-n", "3", sys.executable, str(REPOSITORY / "launch" / "prepare.py"), "--config", str(config)]
+    prepare_py = str(REPOSITORY / "launch" / "prepare.py")
+    command = [str(MPIRUN), "-n", "3", sys.executable, prepare_py, "--config", str(config)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMPI_ALLOW_RUN_AS_ROOT": "1",
                                 "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "rank 0 of 3 leads, 2 ranks work" in ran.stderr
     assert shops.bytes_below(tmp_path / "out") == shops.bytes_below(prepared)
+
+
+def test_data_that_a_killed_run_packed_again_is_audited_by_the_next_one(
+        copy_of_prepared: Path, raw: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = shops.config_values(raw, copy_of_prepared)
+    (copy_of_prepared / "packed" / "mixed" / "shard-00000-000.arrow").unlink()
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.pipeline.audit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(shops.config(values))
+    assert PackedCorpus(copy_of_prepared / "packed" / "mixed").manifest.audit is None
+    prepare(shops.config(values))
+    assert shops.bytes_below(copy_of_prepared) == shops.bytes_below(prepared)
+
+
+def test_a_manifest_of_another_plan_does_not_outlive_its_shards(
+        copy_of_prepared: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy_of_prepared / "stages" / "pack.json").unlink()
+    values = shops.config_values(raw, copy_of_prepared)
+    values["pack"]["seq_len"] = 512
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_prep.pack.pack_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(shops.config(values))
+    assert list_corpora(copy_of_prepared / "packed") == []
 
 
 def test_a_folder_prepared_otherwise_is_refused_and_left_alone(copy_of_prepared: Path, raw: Path) -> None:

@@ -18,9 +18,9 @@ from data_prep import pictures
 from data_prep.clean import clean
 from data_prep.config import CleanSettings
 from data_prep.duplicates import Shared, count_duplicates, write_duplicates
-from data_prep.pipeline import prepare
-from data_prep.records import Corpora, Counts, Layout, title_key
-from data_prep.report import _spread, count_events, count_lengths, count_shared
+from data_prep.pipeline import prepare, read_stamp
+from data_prep.records import STAGES, Corpora, Counts, Layout, title_key
+from data_prep.report import _spread, count_events, count_lengths, count_shared, write_report
 from data_prep.split import read_split
 
 CORPORA = Corpora(pretrain=("books", "toys"), unseen=("garden",))
@@ -126,6 +126,16 @@ def test_a_preparation_that_stops_reports_what_it_knows(raw: Path, tmp_path: Pat
     text = (tmp_path / "out" / "report.md").read_text()
     assert "Not finished: sequences, encode, pack, queries, audit." in text
     assert "| clean | events kept |" in text and "## Domains and the clock" in text and "## Tokens" not in text
+
+
+def test_an_audit_of_what_is_being_made_anew_is_not_reported(copy_of_prepared: Path) -> None:
+    layout = Layout(copy_of_prepared)
+    stamps = {stage: read_stamp(layout, stage) for stage in STAGES if stage not in ("pack", "audit")}
+    engine = shops.engine(copy_of_prepared)
+    write_report(engine, layout, corpora=Corpora(("books", "games", "toys"), ("garden",)), stamps=stamps)
+    engine.close()
+    text = (copy_of_prepared / "report.md").read_text()
+    assert layout.audit.is_file() and "Not finished: pack, audit." in text and "The audit" not in text
 
 
 def test_names_with_signs_of_formulas_and_many_domains_are_drawn(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -327,6 +328,36 @@ def test_a_url_is_streamed_hashed_and_kept_while_its_store_says_it_is_the_same(t
     assert (tmp_path / "staged/00000.parquet").stat().st_ino == inode
     store.pipe("/shop/1.jsonl.gz", gzip.compress(b'{"user": "w", "item": "x", "t": 5}\n'))
     assert staged(tmp_path, found[0], JSON)[0] == [{**ROW, "user_id": "w"}]
+
+
+class Web(MemoryFileSystem):
+    """As fsspec's own `http`: the key of a file is its address, and `info` holds what the server sends."""
+
+    headers: ClassVar[dict[str, str]] = {}
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        return {**super().info(path, **kwargs), **self.headers}
+
+    def ukey(self, path: str) -> str:
+        return path
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ({"ETag": "1"}, {"ETag": "2"}), ({"Last-Modified": "Mon"}, {"Last-Modified": "Tue"}), ({}, {})])
+def test_a_file_that_changed_on_a_web_server_is_read_again(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: dict[str, str], after: dict[str, str]) -> None:
+    monkeypatch.setattr("data_prep.sources._filesystem", lambda url: (Web(), "/web/a.jsonl"))
+    store, line = Web(), b'{"user": "%s", "item": "x", "t": 5}\n'
+    monkeypatch.setattr(Web, "headers", before)
+    store.pipe("/web/a.jsonl", line % b"u")
+    source = Source("https://web/a.jsonl", "https://web/a.jsonl")
+    assert staged(tmp_path, source, JSON)[0] == [ROW]
+    made = (tmp_path / "staged/00000.parquet").stat().st_ino
+    assert staged(tmp_path, source, JSON)[0] == [ROW]
+    assert (tmp_path / "staged/00000.parquet").stat().st_ino == made  # without a mark, for its hash is the same
+    monkeypatch.setattr(Web, "headers", after)
+    store.pipe("/web/a.jsonl", line % b"v")  # as long as before
+    assert staged(tmp_path, source, JSON)[0] == [{**ROW, "user_id": "v"}]
 
 
 def test_parquet_at_a_url_is_copied_whole_and_local_parquet_is_left_where_it_is(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+import os
 
 import pytest
 
+from cprec.errors import DataError
 from data_prep.workers import Workers
 
 
@@ -23,4 +25,11 @@ def test_a_workers_error_comes_through_whole(workers: int) -> None:
     tasks: list[object] = [1, "nothing"]
     with pytest.raises(TypeError, match="bad operand type for unary -: 'str'"):
         list(pool.run(operator.neg, tasks, n_tasks=2, label="test"))
+    pool.close()
+
+
+def test_a_killed_worker_is_one_clear_error() -> None:
+    pool = Workers(2)
+    with pytest.raises(DataError, match=r"pack: a worker process was killed.* with fewer `workers`"):
+        list(pool.run(os._exit, [1, 2], n_tasks=2, label="pack"))
     pool.close()
