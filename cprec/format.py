@@ -8,9 +8,11 @@ without a copy:
     doc_lens   list<int32>    lengths of its documents in tokens, then of the padding iff n_pad > 0; sum is seq_len
     doc_ids    list<int64>    which document each is: its history and first item, see `ITEM_BITS`; none for padding
     n_pad      int32          tokens of padding at the row's end
+    n_labels   int32          tokens to be predicted: those after a document's first, in the loss mask if there is one
+    cost       int64          attention cost in token pairs: the sum of the squares of doc_lens
     loss_mask  fixed_size_list<bool>[seq_len]   which tokens are to be predicted; only where the template is supervised
 
-Costs: the writer holds one shard; the reader holds none, it maps them.
+Costs: the writer holds one shard; the reader holds none, it maps them and gives back the pages that it has read.
 """
 
 from __future__ import annotations
@@ -19,14 +21,19 @@ import hashlib
 import io
 import itertools
 import json
+import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import resource
+import threading
+import weakref
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +43,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from cprec.errors import DataError, did_you_mean
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ITEM_BITS = 16
 """A document's id is the number of its history (its row in `histories/<corpus>.parquet`) and, in the lowest 16 bits,
 the place of its first item there."""
@@ -323,12 +330,31 @@ def write_shard(path: Path, rows: PackedRows) -> ShardInfo:
         "doc_lens": ragged(rows.doc_lens, rows.n_lens),
         "doc_ids": ragged(rows.doc_ids, rows.n_docs),
         "n_pad": pa.array(rows.n_pad),
+        "n_labels": pa.array(_count_labels(rows)),
+        "cost": pa.array(_sum_by_row(rows.doc_lens.astype(np.int64) ** 2, rows.n_lens)),
     }
     batch = pa.record_batch(columns if rows.loss_mask is None else columns | {"loss_mask": fixed(rows.loss_mask)})
     with replacing(path) as partial, partial.open("wb", buffering=0) as file, _Hashed(file) as sink:
         with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
             writer.write_batch(batch)
         return ShardInfo(file=path.name, rows=n, bytes=file.tell(), xxh3_128=sink.digest.hexdigest())
+
+
+def _count_labels(rows: PackedRows) -> npt.NDArray[np.int32]:
+    """Labels of each row: real tokens in the loss mask, but the first of each document."""
+    seq_len = rows.input_ids.shape[1]
+    if rows.loss_mask is None:
+        return np.asarray(seq_len - rows.n_pad - rows.n_docs, dtype=np.int32)
+    first = np.cumsum(rows.doc_lens.astype(np.int64)) - rows.doc_lens
+    in_mask = rows.loss_mask.reshape(-1)[first].astype(np.int64)
+    return np.asarray(rows.loss_mask.sum(axis=1) - _sum_by_row(in_mask, rows.n_lens), dtype=np.int32)
+
+
+def _sum_by_row(values: Ints, counts: Ints) -> Ints:
+    """Sums of consecutive values, `counts` of them for each row."""
+    sums = np.concatenate([[0], np.cumsum(values)])
+    ends = np.cumsum(counts)
+    return np.asarray(sums[ends] - sums[ends - counts], dtype=np.int64)
 
 
 class _Hashed(io.RawIOBase):
@@ -351,8 +377,7 @@ class _Hashed(io.RawIOBase):
         return done
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One packed row, as views into the mapped shard (the mask: unpacked from its bits). `doc_lens` includes the
     padding entry iff `n_pad > 0`."""
 
@@ -360,6 +385,8 @@ class Row:
     doc_lens: npt.NDArray[np.int32]
     doc_ids: Ints
     n_pad: int
+    n_labels: int
+    """How many of its tokens are labels, see `is_label`."""
     loss_mask: npt.NDArray[np.bool_] | None = None
     """(seq_len,), None where every real token is to be predicted."""
 
@@ -378,49 +405,88 @@ class Row:
         mask[np.cumsum(lens) - lens] = False
         return mask
 
-    @property
-    def n_labels(self) -> int:
-        """How many of its tokens are labels."""
-        if self.loss_mask is None:
-            return len(self.input_ids) - self.n_pad - len(self.real_doc_lens)
-        return int(self.is_label.sum())
 
+class Shard:
+    """A mapped shard: its rows by their place in it."""
 
-class _Shard:
-    """A mapped shard's columns as numpy views."""
-
-    def __init__(self, path: Path, info: ShardInfo, manifest: Manifest) -> None:
+    def __init__(self, path: Path, info: ShardInfo, manifest: Manifest, *, at_random: bool) -> None:
         try:
-            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-        except (pa.ArrowInvalid, OSError) as e:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            batch = pa.ipc.open_file(pa.py_buffer(self._map)).get_batch(0)
+        except (pa.ArrowInvalid, OSError, ValueError) as e:
             raise DataError(f"shard {path} is not readable Arrow: {e}; prepare the corpus again") from None
+        self._at_random = at_random
+        if at_random:  # or the kernel reads 32 pages around each that is wanted
+            self._map.madvise(mmap.MADV_RANDOM)
         self.input_ids: Tokens = batch["input_ids"].flatten().to_numpy().reshape(info.rows, manifest.seq_len)
-        self.doc_lens, self.len_offsets = self._ragged(batch["doc_lens"])
-        self.doc_ids, self.id_offsets = self._ragged(batch["doc_ids"])
-        self.n_pad = batch["n_pad"].to_numpy()
+        self._doc_lens, self._len_offsets = self._ragged(batch["doc_lens"])
+        self._doc_ids, self._id_offsets = self._ragged(batch["doc_ids"])
+        self._n_pad, self._n_labels, self._cost = (
+            memoryview(batch[name].to_numpy()) for name in ("n_pad", "n_labels", "cost"))
         if ("loss_mask" in batch.schema.names) != manifest.has_loss_mask:
             raise DataError(f"shard {path} and its manifest disagree: has_loss_mask={manifest.has_loss_mask}, columns "
                             f"{', '.join(batch.schema.names)}; prepare the corpus again")
-        self.loss_mask = batch["loss_mask"] if manifest.has_loss_mask else None
+        self._loss_mask = batch["loss_mask"] if manifest.has_loss_mask else None
+        self._tokens_at = self.input_ids.ctypes.data - np.frombuffer(self._map, dtype=np.uint8, count=1).ctypes.data
+        self._row_bytes = self.input_ids.itemsize * manifest.seq_len
 
     @staticmethod
-    def _ragged(column: pa.ListArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        return column.values.to_numpy(), column.offsets.to_numpy()
+    def _ragged(column: pa.ListArray) -> tuple[npt.NDArray[Any], memoryview]:
+        return column.values.to_numpy(), memoryview(column.offsets.to_numpy())
 
     def row(self, i: int) -> Row:
-        lens = self.doc_lens[self.len_offsets[i]:self.len_offsets[i + 1]]
-        ids = self.doc_ids[self.id_offsets[i]:self.id_offsets[i + 1]]
-        mask = None if self.loss_mask is None else self.loss_mask[i:i + 1].flatten().to_numpy(zero_copy_only=False)
-        return Row(self.input_ids[i], lens, ids, int(self.n_pad[i]), mask)
+        """Its row i, as views."""
+        lens = self._doc_lens[self._len_offsets[i]:self._len_offsets[i + 1]]
+        ids = self._doc_ids[self._id_offsets[i]:self._id_offsets[i + 1]]
+        mask = None if self._loss_mask is None else self._loss_mask[i:i + 1].flatten().to_numpy(zero_copy_only=False)
+        return Row(self.input_ids[i], lens, ids, self._n_pad[i], self._n_labels[i], mask)
+
+    def facts(self, i: int) -> tuple[int, int, int]:
+        """Attention cost in token pairs, labels and tokens of padding of row i; its tokens are not read."""
+        return self._cost[i], self._n_labels[i], self._n_pad[i]
+
+    def will_need(self, i: int) -> None:
+        """Have the kernel start to read row i's tokens."""
+        start = self._tokens_at + i * self._row_bytes
+        first = start & -mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, first, start + self._row_bytes - first)
+
+    def release(self) -> None:
+        """Give back the pages that were read: they leave this process, not the page cache."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+_MOST_OPEN = max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16)
+_opened: deque[tuple[weakref.ref[PackedCorpus], int]] = deque()
+"""Shards that this process has open, oldest first: each holds a file descriptor."""
+_opening = threading.Lock()
+Fetch = Callable[[ShardInfo], Path]
 
 
 class PackedCorpus:
-    """Random access to the rows of one packed corpus. Opening checks the manifest and every shard's size."""
+    """Random access to the rows of one packed corpus. Opening checks the manifest and every shard's size.
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    `fetch`: gives the local copy of a shard when it is first read, for a corpus that lies elsewhere; `folder` then
+    needs only the manifest. `at_random`: rows are read in no order, so that nothing around them is worth reading ahead.
+    Resident memory is bounded: shards are opened when they are read, the oldest is closed when half of the process's
+    file descriptors are used, and pages are given back after every `RELEASE_BYTES`.
+    """
+
+    RELEASE_BYTES = 64 << 20
+
+    def __init__(self, folder: str | os.PathLike[str], *, fetch: Fetch | None = None, at_random: bool = False) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
-        self._starts = np.concatenate([[0], np.cumsum([s.rows for s in self.manifest.shards])]).astype(np.int64)
+        self._fetch, self._at_random = fetch, at_random
+        self._ends = list(itertools.accumulate(s.rows for s in self.manifest.shards))
+        self._shards: dict[int, Shard] = {}
+        self._row_bytes = self.manifest.seq_len * np.dtype(self.manifest.dtype).itemsize
+        self._unreleased = 0
+        if fetch is None:
+            self._check_sizes()
+
+    def _check_sizes(self) -> None:
         for info in self.manifest.shards:
             path = self.folder / info.file
             size = path.stat().st_size if path.is_file() else -1
@@ -429,34 +495,68 @@ class PackedCorpus:
                 raise DataError(f"shard {path} {found}, its manifest says {info.bytes} bytes: the corpus was altered; "
                                 f"prepare it again")
 
-    @cached_property
-    def _shards(self) -> list[_Shard]:
-        return [_Shard(self.folder / info.file, info, self.manifest) for info in self.manifest.shards]
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": {}}  # maps do not travel to another process
+
+    def _path(self, info: ShardInfo) -> Path:
+        return self._fetch(info) if self._fetch else self.folder / info.file
+
+    def _open(self, number: int) -> Shard:
+        info = self.manifest.shards[number]
+        shard = Shard(self._path(info), info, self.manifest, at_random=self._at_random)
+        with _opening:
+            self._shards[number] = shard
+            _opened.append((weakref.ref(self), number))
+            while len(_opened) > _MOST_OPEN:
+                owner, oldest = _opened.popleft()
+                if corpus := owner():
+                    corpus._shards.pop(oldest, None)
+        return shard
+
+    def find(self, i: int) -> tuple[Shard, int]:
+        """Row i's shard, opened, and its place there. Raises DataError when the shard is unreadable."""
+        assert 0 <= i < self._ends[-1], f"row {i} of {len(self)}"
+        number = bisect_right(self._ends, i)
+        shard = self._shards.get(number) or self._open(number)
+        return shard, i - self._ends[number - 1] if number else i
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._ends[-1] if self._ends else 0
 
     def locate(self, i: int) -> tuple[str, int]:
         """Shard file and the row's place in it, for messages."""
         assert 0 <= i < len(self), f"row {i} of {len(self)}"
-        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return self.manifest.shards[shard].file, i - int(self._starts[shard])
+        number = bisect_right(self._ends, i)
+        return self.manifest.shards[number].file, i - (self._ends[number - 1] if number else 0)
 
     def __getitem__(self, i: int) -> Row:
-        assert 0 <= i < len(self), f"row {i} of {len(self)}"
-        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return self._shards[shard].row(i - int(self._starts[shard]))
+        shard, place = self.find(i)
+        return self.read(shard, place)
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
 
+    def read(self, shard: Shard, place: int) -> Row:
+        """The row at a place that `find` gave."""
+        self._unreleased += self._row_bytes
+        if self._unreleased > self.RELEASE_BYTES:
+            self.release()
+        return shard.row(place)
+
+    def release(self) -> None:
+        """Give back the pages of all rows that were read; arrays that are views of them stay valid."""
+        self._unreleased = 0
+        for shard in list(self._shards.values()):
+            shard.release()
+
     def verify(self, shard: ShardInfo | None = None) -> None:
         """Compare the hash of every shard, or of one, with the manifest's. Raises DataError naming an altered one."""
         for info in [shard] if shard else self.manifest.shards:
-            found = file_hash(self.folder / info.file)
+            path = self._path(info)
+            found = file_hash(path)
             if found != info.xxh3_128:
-                raise DataError(f"shard {self.folder / info.file} has hash {found}, its manifest says {info.xxh3_128}: "
-                                f"its bytes were altered; delete it and run launch/prepare.py again")
+                raise DataError(f"shard {path} has hash {found}, its manifest says {info.xxh3_128}: its bytes were "
+                                f"altered; delete it and run launch/prepare.py again")
 
 
 def row_cost(doc_lens: Sequence[int] | npt.NDArray[np.int32]) -> int:

@@ -1,37 +1,54 @@
 """From packed corpora to the micro-batches of a step, for one rank: read, deal, collate, one step ahead.
 
-reads: the corpora of a `packed` folder, by memory map. State: none; `step(n)` is a pure function of n, so a run resumes
-at any step, on any world size that divides the global batch, with the same rows in each step.
+reads: packed corpora, by memory map. State: the step (and the micro-step, between two batches); `step(n)` is a pure
+function of n, so a run resumes at any step, on any world size that divides the global batch, with the same rows in each
+step. Training reads `steps`; `PackedDataset` alone is an iterable dataset of torch:
+
+    dataset = PackedDataset.open("prepared/shop/packed", global_batch_size=64, micro_batch_size=8)
+    for batch in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2): ...
+
 Costs: one prefetch thread, the batches of two steps; resident memory does not grow with the corpora.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch.utils.data import IterableDataset, get_worker_info
 
-from cprec.data.collate import Batch, collate
-from cprec.data.sampler import Sampler
-from cprec.errors import DataError
-from cprec.format import Manifest, PackedCorpus, list_corpora, read_manifest, row_cost
+from cprec.data.collate import Batch, Memory, collate
+from cprec.data.sampler import Phase, Position, Sampler, quotas_of, resolve_mix
+from cprec.errors import ConfigError, DataError
+from cprec.format import Manifest, PackedCorpus, Shard, list_corpora, read_manifest
+
+Ints = npt.NDArray[np.int64]
+_BLOCK_ROWS = 4096
+"""The sampler is asked for about so many positions at a time."""
 
 
 @dataclass(frozen=True)
-class StepRow:
-    """One row of a step: its corpus number, its row number there, and what its document lengths say."""
+class StepRows:
+    """The n rows of a step, in the order of the sampler, and who gets which. (n,) each."""
 
-    corpus: int
-    row: int
-    cost: int
+    corpus: Ints
+    row: Ints
+    cost: Ints
     """Attention cost in token pairs: the sum of squared document lengths."""
-    n_valid: int
-    """Labels to predict: every real token but the first of each document, or those of them in its loss mask."""
-    n_pad: int
+    n_labels: Ints
+    n_pad: Ints
+    found: list[tuple[Shard, int]]
+    """Where each lies: its shard and its place there."""
+    dealt: Ints
+    """(grad_accum, micro_batch_size, world_size): which of the n stands where."""
 
 
 @dataclass(frozen=True)
@@ -44,69 +61,161 @@ class Step:
     cost: int
 
 
-class PackedDataset:
-    """Rows of several packed corpora in the order of a `Sampler`, dealt to the ranks of a run step by step."""
+def deal(cost: Ints, *, world_size: int, micro_batch_size: int) -> Ints:
+    """Which row of a step goes where: places in `cost` (n,) as (grad_accum, micro_batch_size, world_size).
 
-    def __init__(self, packed: str | Path, sampler: Sampler, *, global_batch_size: int, micro_batch_size: int,
-                 rank: int, world_size: int) -> None:
-        self.corpora = [PackedCorpus(Path(packed) / name) for name in sampler.names]
+    Rows are sorted by attention cost and dealt back and forth, so that the ranks of a micro-step, which wait for each
+    other in every layer, get rows of nearly equal cost. The set of rows, and so the gradient, is unchanged.
+    """
+    dealt = np.argsort(-cost, kind="stable").reshape(-1, micro_batch_size, world_size)
+    dealt[:, 1::2] = dealt[:, 1::2, ::-1]  # back and forth, as cards are dealt
+    return dealt
+
+
+class PackedDataset(IterableDataset[Batch]):
+    """Rows of several packed corpora in the order of a `Sampler`, dealt to the ranks of a run step by step.
+
+    Iterating gives this rank's micro-batches without end, from where `load_state_dict` put it; in a DataLoader with
+    workers each takes its turn, so that the order is the same with any number of them.
+    """
+
+    def __init__(self, corpora: Sequence[PackedCorpus], sampler: Sampler, *, global_batch_size: int,
+                 micro_batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if global_batch_size % (micro_batch_size * world_size):
+            raise ConfigError(f"global_batch_size={global_batch_size} does not divide by micro_batch_size="
+                              f"{micro_batch_size} x world_size={world_size}; choose a multiple")
+        assert [len(c) for c in corpora] == [*sampler.sizes], "the sampler is of other corpora"
+        self.corpora = list(corpora)
         self.sampler = sampler
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.rank, self.world_size = rank, world_size
-        assert global_batch_size % (micro_batch_size * world_size) == 0
+        self._memory = Memory(pin=torch.cuda.is_available())
+        self._next = 0  # of this rank's micro-batches since the beginning
+
+    @classmethod
+    def open(cls, packed: str | Path, *, global_batch_size: int, micro_batch_size: int | None = None,
+             mix: Mapping[str, float] | None = None, seed: int = 0, rank: int = 0,
+             world_size: int = 1) -> PackedDataset:
+        """The training corpora below `packed` under one mixture (`resolve_mix`; default: in proportion to size).
+
+        `micro_batch_size` defaults to all of a rank's rows. Raises ConfigError or DataError.
+        """
+        manifests = open_manifests(packed, "train")
+        check_alike(manifests, packed)
+        weights = resolve_mix(mix, {name: m.n_tokens for name, m in manifests.items()}, field="mix")
+        sampler = Sampler(tuple(manifests), tuple(m.n_rows for m in manifests.values()),
+                          (Phase(0, quotas_of(list(weights.values()))),), seed)
+        return cls([PackedCorpus(Path(packed) / name, at_random=True) for name in manifests], sampler,
+                   global_batch_size=global_batch_size, rank=rank, world_size=world_size,
+                   micro_batch_size=micro_batch_size or max(global_batch_size // world_size, 1))
 
     @property
     def grad_accum_steps(self) -> int:
         """Micro-batches that each rank runs per step."""
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
-    def step_rows(self, step: int) -> list[list[list[StepRow]]]:
-        """The step's rows as [micro-step][rank][row of the micro-batch]: the same set for every world size.
-
-        Rows are sorted by attention cost and dealt back and forth, so that the ranks of a micro-step, which wait for
-        each other in every layer, get rows of nearly equal cost. The set of rows, and so the gradient, is unchanged.
-        """
-        at = self.sampler.rows(step * self.global_batch_size, self.global_batch_size)
-        rows = [self._describe_row(int(c), int(r)) for c, r in zip(at.corpus, at.row, strict=True)]
-        order = sorted(range(len(rows)), key=lambda i: (-rows[i].cost, i))
-        shape = (self.grad_accum_steps, self.micro_batch_size, self.world_size)
-        dealt = np.array(order).reshape(shape)
-        dealt[:, 1::2] = dealt[:, 1::2, ::-1]  # back and forth, as cards are dealt
-        return [[[rows[i] for i in micro[:, rank]] for rank in range(self.world_size)] for micro in dealt]
+    def step_rows(self, step: int) -> StepRows:
+        """The step's rows over all ranks: the same set for every world size."""
+        at = _positions(self.sampler, step, self.global_batch_size)
+        found = [self.corpora[c].find(r) for c, r in zip(at.corpus.tolist(), at.row.tolist(), strict=True)]
+        cost, n_labels, n_pad = np.array([shard.facts(place) for shard, place in found], dtype=np.int64).T
+        dealt = deal(cost, world_size=self.world_size, micro_batch_size=self.micro_batch_size)
+        return StepRows(at.corpus, at.row, cost, n_labels, n_pad, found, dealt)
 
     def step(self, step: int) -> Step:
         """This rank's part of a step, ready for the device."""
-        micro_steps = self.step_rows(step)
-        batches = [self._collate(micro[self.rank]) for micro in micro_steps]
-        rows = [r for micro in micro_steps for rank in micro for r in rank]
-        return Step(batches, sum(r.n_valid for r in rows), sum(r.n_pad for r in rows), sum(r.cost for r in rows))
+        rows = self.step_rows(step)
+        batches = [self._collate(rows, micro_step) for micro_step in range(self.grad_accum_steps)]
+        return Step(batches, int(rows.n_labels.sum()), int(rows.n_pad.sum()), int(rows.cost.sum()))
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
-        """Every step from `first` to before `last`, prepared one ahead by a thread."""
+        """Every step from `first` to before `last`, prepared one ahead by a thread, and the rows of the one after it
+        asked for from the disk."""
+        def prepare(step: int) -> Step:
+            ready = self.step(step)
+            if step + 1 < last:
+                self._ask_for(step + 1)
+            return ready
+
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="cprec-reader") as reader:
-            ahead: Future[Step] | None = reader.submit(self.step, first) if first < last else None
+            ahead: Future[Step] | None = reader.submit(prepare, first) if first < last else None
             for step in range(first, last):
                 assert ahead is not None
                 ready = ahead.result()
-                ahead = reader.submit(self.step, step + 1) if step + 1 < last else None
+                if step + 1 < last:
+                    ahead = reader.submit(prepare, step + 1)
                 yield ready
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        turn, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        first = self._next + (turn - self._next) % stride
+        step, rows = -1, None
+        while True:
+            if first // self.grad_accum_steps != step or rows is None:
+                step = first // self.grad_accum_steps
+                rows = self.step_rows(step)
+            batch = self._collate(rows, first % self.grad_accum_steps)
+            first += stride
+            self._next = first
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, as torchdata's StatefulDataLoader wants it: the next micro-batch and the order it is of."""
+        step, micro_step = divmod(self._next, self.grad_accum_steps)
+        return {"step": step, "micro_step": micro_step, "grad_accum_steps": self.grad_accum_steps,
+                "global_batch_size": self.global_batch_size, "order": self._order()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, at a step's border on any world size. Raises ConfigError when the state is of another order
+        of rows, or within a step that is dealt otherwise now."""
+        if state["order"] != self._order() or state["global_batch_size"] != self.global_batch_size:
+            raise ConfigError("the state is of other corpora, weights, seed or global_batch_size; open the dataset as "
+                              "it was when the state was taken")
+        if state["micro_step"] and state["grad_accum_steps"] != self.grad_accum_steps:
+            raise ConfigError(f"the state lies within step {state['step']}, which had {state['grad_accum_steps']} "
+                              f"micro-batches per rank and now has {self.grad_accum_steps}; go on with the old sizes "
+                              f"to the step's end")
+        self._next = state["step"] * self.grad_accum_steps + state["micro_step"]
 
     def describe(self, step: int) -> list[str]:
         """The step's rows as `corpus row n (shard, place)`, for messages that must name them."""
+        rows = self.step_rows(step)
         named = []
-        for r in (r for micro in self.step_rows(step) for rank in micro for r in rank):
-            shard, place = self.corpora[r.corpus].locate(r.row)
-            named.append(f"{self.sampler.names[r.corpus]} row {r.row} ({shard}:{place})")
+        for c, r in zip(rows.corpus.tolist(), rows.row.tolist(), strict=True):
+            shard, place = self.corpora[c].locate(r)
+            named.append(f"{self.sampler.names[c]} row {r} ({shard}:{place})")
         return sorted(named)
 
-    def _describe_row(self, corpus: int, row: int) -> StepRow:
-        packed = self.corpora[corpus][row]
-        return StepRow(corpus, row, row_cost(packed.doc_lens), packed.n_labels, packed.n_pad)
+    def _ask_for(self, step: int) -> None:
+        """Have the kernel read this rank's rows of a step, all at once, while others are worked on."""
+        rows = self.step_rows(step)
+        for i in rows.dealt[:, :, self.rank].reshape(-1).tolist():
+            shard, place = rows.found[i]
+            shard.will_need(place)
 
-    def _collate(self, rows: Sequence[StepRow]) -> Batch:
-        batch = collate([self.corpora[r.corpus][r.row] for r in rows], [r.corpus for r in rows])
-        return batch.pin() if torch.cuda.is_available() else batch
+    def _collate(self, rows: StepRows, micro_step: int) -> Batch:
+        mine = rows.dealt[micro_step, :, self.rank]
+        corpus = rows.corpus[mine].tolist()
+        read = [self.corpora[c].read(*rows.found[i]) for c, i in zip(corpus, mine.tolist(), strict=True)]
+        return collate(read, corpus, self._memory if get_worker_info() is None else None)
+
+    def _order(self) -> str:
+        return hashlib.blake2b(repr(self.sampler).encode(), digest_size=16).hexdigest()
+
+
+def _positions(sampler: Sampler, step: int, global_batch_size: int) -> Position:
+    """The sampler's positions of a step, out of a block of them that is computed at once."""
+    steps = max(_BLOCK_ROWS // global_batch_size, 1)
+    block = _block(sampler, step // steps * steps * global_batch_size, steps * global_batch_size)
+    here = slice(step % steps * global_batch_size, (step % steps + 1) * global_batch_size)
+    return Position(block.corpus[here], block.row[here], block.epoch[here])
+
+
+@lru_cache(maxsize=4)
+def _block(sampler: Sampler, start: int, n: int) -> Position:
+    return sampler.rows(start, n)
 
 
 def open_manifests(packed: str | Path, kind: str) -> dict[str, Manifest]:

@@ -336,9 +336,9 @@ def _save(plan: Plan, engine: Engine, run_dir: Path, progress: Progress) -> None
 
 def _open_data(plan: Plan) -> PackedDataset:
     batch = plan.config.batch
-    dataset = PackedDataset(
-        plan.config.data.packed, plan.sampler, global_batch_size=batch.global_batch_size,
-        micro_batch_size=batch.micro_batch_size, rank=dist.rank(), world_size=plan.world_size)
+    corpora = [PackedCorpus(Path(plan.config.data.packed) / name, at_random=True) for name in plan.sampler.names]
+    dataset = PackedDataset(corpora, plan.sampler, global_batch_size=batch.global_batch_size,
+                            micro_batch_size=batch.micro_batch_size, rank=dist.rank(), world_size=plan.world_size)
     if plan.config.data.verify == "full":
         raise_all(dist.gather_texts(_altered_shards(plan)), of="data.packed", error=DataError)
     return dataset

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +138,7 @@ def test_the_training_models_row_losses_are_the_summed_losses_of_the_documents(f
 
 def test_the_loss_of_a_masked_row_is_that_of_its_masked_tokens(folder: Path) -> None:
     rng = np.random.default_rng(5)
-    rows = [replace(row, loss_mask=rng.random(tiny.SEQ_LEN) < 0.3) for row in PackedCorpus(folder / "packed/a")]
+    rows = [row._replace(loss_mask=rng.random(tiny.SEQ_LEN) < 0.3) for row in PackedCorpus(folder / "packed/a")]
     found = load(folder / "model")(collate(rows, [0, 0, 0, 0]))  # type: ignore[operator]
     lm = AutoModelForCausalLM.from_pretrained(folder / "model")
     for row, loss in zip(rows, found, strict=True):

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import tiny
+import torch
+from torch.utils.data import DataLoader
 
-from cprec.data.collate import collate
+from cprec.data.collate import Batch, collate
 from cprec.data.dataset import PackedDataset, open_manifests
 from cprec.data.sampler import Phase, Sampler, quotas_of
-from cprec.errors import DataError
+from cprec.errors import ConfigError, DataError
 from cprec.format import (
     Manifest,
     PackedCorpus,
     PackedRows,
     Row,
+    Shard,
     TokenizerInfo,
     row_cost,
     write_manifest,
@@ -29,8 +34,8 @@ from cprec.loss import IGNORE_INDEX as X
 
 def test_a_batch_has_the_labels_positions_and_borders_worked_out_by_hand() -> None:
     rows = [
-        Row(np.array([5, 6, 7, 8, 9, 1], dtype=np.uint16), np.array([4, 2], dtype=np.int32), np.array([0, 1]), 0),
-        Row(np.array([3, 4, 1, 2, 1, 1], dtype=np.uint16), np.array([3, 1, 2], dtype=np.int32), np.array([2, 3]), 2),
+        Row(np.array([5, 6, 7, 8, 9, 1], dtype=np.uint16), np.array([4, 2], dtype=np.int32), np.array([0, 1]), 0, 4),
+        Row(np.array([3, 4, 1, 2, 1, 1], dtype=np.uint16), np.array([3, 1, 2], dtype=np.int32), np.array([2, 3]), 2, 2),
     ]
     batch = collate(rows, [7, 8])
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1, 3, 4, 1, 2, 1, 1]]
@@ -42,6 +47,7 @@ def test_a_batch_has_the_labels_positions_and_borders_worked_out_by_hand() -> No
     assert batch.cu_seqlens.tolist() == [0, 4, 6, 9, 10, 12] and batch.cu_seqlens.dtype.itemsize == 4
     assert (batch.max_seqlen, batch.n_valid, batch.n_pad) == (4, 6, 2)
     assert batch.n_valid_by_row.tolist() == [4, 2] and batch.corpus.tolist() == [7, 8]
+    assert batch.doc_ids.tolist() == [0, 1, 2, 3, -1] and batch.doc_corpus.tolist() == [7, 7, 8, 8, 8]
     assert row_cost(rows[1].doc_lens) == 9 + 1 + 4
 
 
@@ -49,8 +55,8 @@ def test_with_a_loss_mask_only_its_tokens_are_labels() -> None:
     # one document "lead-in 5, item 6, target 7, end 1", one "lead-in 8, target 9, end 1", padding 1 1
     ids, lens = np.array([5, 6, 7, 1, 8, 9, 1, 1, 1], dtype=np.uint16), np.array([4, 3, 2], dtype=np.int32)
     mask = np.array([0, 0, 1, 1, 0, 1, 1, 0, 0], dtype=np.bool_)
-    plain = Row(ids, lens, np.array([0, 1]), 2)
-    masked = Row(ids, lens, np.array([0, 1]), 2, mask)
+    plain = Row(ids, lens, np.array([0, 1]), 2, 5)
+    masked = Row(ids, lens, np.array([0, 1]), 2, 4, mask)
     batch = collate([masked, plain], [0, 0])
     assert batch.labels.tolist() == [
         [X, 7, 1, X, 9, 1, X, X, X],
@@ -58,7 +64,7 @@ def test_with_a_loss_mask_only_its_tokens_are_labels() -> None:
     ]
     assert batch.n_valid_by_row.tolist() == [4, 5] and batch.n_valid == 9
     # a mask over a document's first token and over padding makes no labels of them
-    everything = Row(ids, lens, np.array([0, 1]), 2, np.ones(9, dtype=np.bool_))
+    everything = Row(ids, lens, np.array([0, 1]), 2, 5, np.ones(9, dtype=np.bool_))
     assert collate([everything], [0]).labels.tolist() == collate([plain], [0]).labels.tolist()
     assert (mask == [0, 0, 1, 1, 0, 1, 1, 0, 0]).all()  # what was given is as it was
 
@@ -85,7 +91,7 @@ def test_a_loss_mask_reads_back_as_written(tmp_path: Path) -> None:
     corpus = PackedCorpus(tmp_path / "a")
     assert [row.loss_mask.tolist() for row in corpus if row.loss_mask is not None] == mask.tolist()
     sampler = Sampler(("a",), (5,), (Phase(0, quotas_of([1])),), seed=3)
-    reader = PackedDataset(tmp_path, sampler, global_batch_size=4, micro_batch_size=2, rank=0, world_size=1)
+    reader = PackedDataset([corpus], sampler, global_batch_size=4, micro_batch_size=2)
     step = reader.step(0)
     read = [int(i) for i in sampler.rows(0, 4).row]
     assert step.n_valid == sum(b.n_valid for b in step.batches) == mask[read, 1:].sum()
@@ -108,33 +114,41 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dataset(packed: Path, *, rank: int = 0, world_size: int = 1, micro: int = 2) -> PackedDataset:
     sampler = Sampler(("a", "b"), (37, 20), (Phase(0, quotas_of([2, 1])),), seed=3)
-    return PackedDataset(packed, sampler, global_batch_size=16, micro_batch_size=micro, rank=rank,
-                         world_size=world_size)
+    return PackedDataset([PackedCorpus(packed / name, at_random=True) for name in "ab"], sampler, global_batch_size=16,
+                         micro_batch_size=micro, rank=rank, world_size=world_size)
+
+
+def read_by(packed: Path, rank: int, step: int, **sizes: int) -> list[tuple[int, int]]:
+    """Corpus and row of what one rank reads of a step."""
+    rows = dataset(packed, rank=rank, **sizes).step_rows(step)
+    mine = rows.dealt[:, :, rank].reshape(-1)
+    return list(zip(rows.corpus[mine].tolist(), rows.row[mine].tolist(), strict=True))
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 2), (2, 2), (4, 1), (8, 2), (16, 1)])
 def test_ranks_share_out_a_steps_rows_and_any_world_size_reads_the_same(
         packed: Path, world_size: int, micro: int) -> None:
     for step in (0, 1, 5):
-        alone = sorted((r.corpus, r.row) for m in dataset(packed).step_rows(step) for rank in m for r in rank)
-        dealt = dataset(packed, world_size=world_size, micro=micro).step_rows(step)
-        assert sorted((r.corpus, r.row) for m in dealt for rank in m for r in rank) == alone
-        assert {len(rank) for m in dealt for rank in m} == {micro} and {len(m) for m in dealt} == {world_size}
+        alone = sorted(read_by(packed, 0, step))
+        by_rank = [read_by(packed, r, step, world_size=world_size, micro=micro) for r in range(world_size)]
+        assert sorted(row for rank in by_rank for row in rank) == alone
+        assert {len(rank) for rank in by_rank} == {16 // world_size}
         parts = [dataset(packed, rank=r, world_size=world_size, micro=micro).step(step) for r in range(world_size)]
         assert sum(b.n_valid for p in parts for b in p.batches) == parts[0].n_valid
         assert sum(b.n_pad for p in parts for b in p.batches) == parts[0].n_pad
 
 
 def test_the_ranks_of_a_micro_step_get_rows_of_nearly_equal_cost(packed: Path) -> None:
-    def spread(dealt: list[list[list[int]]]) -> float:
-        return float(np.mean([max(map(sum, m)) / np.mean([sum(r) for r in m]) for m in dealt]))
+    def spread(cost: npt.NDArray[np.int64]) -> float:
+        by_rank = cost.sum(axis=1)
+        return float((by_rank.max(axis=1) / by_rank.mean(axis=1)).mean())
 
-    costs = [[[r.cost for r in rank] for rank in m] for m in dataset(packed, world_size=4).step_rows(2)]
-    at = dataset(packed).sampler.rows(32, 16)
-    corpora = dataset(packed).corpora
-    as_drawn = np.array([row_cost(corpora[c][int(r)].doc_lens) for c, r in zip(at.corpus, at.row, strict=True)])
-    assert spread(costs) < spread(as_drawn.reshape(2, 4, 2).tolist())
-    assert sorted(c for m in costs for rank in m for c in rank) == sorted(as_drawn.tolist())
+    rows = dataset(packed, world_size=4).step_rows(2)
+    at, corpora = dataset(packed).sampler.rows(32, 16), dataset(packed).corpora
+    costs = [row_cost(corpora[c][int(r)].doc_lens) for c, r in zip(at.corpus, at.row, strict=True)]
+    assert rows.cost.tolist() == costs
+    assert spread(rows.cost[rows.dealt]) < spread(rows.cost.reshape(2, 2, 4))
+    assert sorted(rows.dealt.reshape(-1)) == list(range(16))
 
 
 def test_the_prefetched_steps_are_the_steps(packed: Path) -> None:
@@ -143,6 +157,103 @@ def test_the_prefetched_steps_are_the_steps(packed: Path) -> None:
         again = reader.step(n)
         assert [b.input_ids.tolist() for b in step.batches] == [b.input_ids.tolist() for b in again.batches]
     assert list(reader.steps(4, 4)) == []
+
+
+def ids_of(batches: Iterable[Batch]) -> list[list[int]]:
+    return [batch.input_ids[0].tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_plain_data_loader_gives_a_ranks_micro_batches_in_order_with_any_workers(packed: Path, workers: int) -> None:
+    expected = ids_of(b for step in dataset(packed, rank=1, world_size=2).steps(0, 2) for b in step.batches)
+    loader = DataLoader(dataset(packed, rank=1, world_size=2), batch_size=None, num_workers=workers)
+    assert ids_of(itertools.islice(loader, 8)) == expected
+
+
+def test_the_state_of_an_iteration_goes_on_at_the_very_batch(packed: Path) -> None:
+    reader = dataset(packed, world_size=2)
+    whole = ids_of(itertools.islice(reader, 9))
+    first = dataset(packed, world_size=2)
+    assert ids_of(itertools.islice(first, 5)) == whole[:5]
+    second = dataset(packed, world_size=2)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert ids_of(itertools.islice(second, 4)) == whole[5:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchdatas_stateful_loader_saves_and_restores_it(packed: Path, workers: int) -> None:
+    loaders = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+    whole = ids_of(itertools.islice(dataset(packed), 9))
+    loader = loaders.StatefulDataLoader(dataset(packed), batch_size=None, num_workers=workers)
+    assert ids_of(itertools.islice(loader, 5)) == whole[:5]
+    again = loaders.StatefulDataLoader(dataset(packed), batch_size=None, num_workers=workers)
+    again.load_state_dict(loader.state_dict())
+    assert ids_of(itertools.islice(again, 4)) == whole[5:]
+
+
+def test_at_a_steps_border_the_state_serves_any_number_of_ranks_and_within_one_only_its_own(packed: Path) -> None:
+    reader = dataset(packed, world_size=2)
+    list(itertools.islice(reader, 8))  # two steps of four micro-batches
+    elsewhere = dataset(packed, world_size=4, rank=3)
+    elsewhere.load_state_dict(reader.state_dict())
+    assert ids_of(itertools.islice(elsewhere, 2)) == ids_of(dataset(packed, world_size=4, rank=3).step(2).batches)
+    next(iter(reader))
+    with pytest.raises(ConfigError, match="within step 2, which had 4 micro-batches per rank and now has 2"):
+        elsewhere.load_state_dict(reader.state_dict())
+    other = Sampler(("a", "b"), (37, 20), (Phase(0, quotas_of([2, 1])),), seed=4)
+    with pytest.raises(ConfigError, match="other corpora, weights, seed or global_batch_size"):
+        PackedDataset(reader.corpora, other, global_batch_size=16, micro_batch_size=2).load_state_dict(
+            reader.state_dict())
+
+
+def test_opened_alone_a_dataset_mixes_by_size_or_by_weights(packed: Path) -> None:
+    corpora = PackedDataset.open(packed, global_batch_size=16).step_rows(0).corpus
+    assert 9 <= (corpora == 0).sum() <= 11  # 37 of 57 rows
+    only = PackedDataset.open(packed, global_batch_size=16, mix={"b": 1})
+    assert set(only.step_rows(0).corpus.tolist()) == {1}
+    with pytest.raises(ConfigError, match="global_batch_size=16 does not divide by micro_batch_size=5"):
+        PackedDataset.open(packed, global_batch_size=16, micro_batch_size=5)
+
+
+def test_a_batch_that_is_held_keeps_its_values_while_memory_of_others_is_used_again(packed: Path) -> None:
+    reader = iter(dataset(packed))
+    held = next(reader)
+    before, where = held.input_ids.clone(), held.input_ids.data_ptr()
+    used = {next(reader).input_ids.data_ptr() for _ in range(12)}
+    assert len(used) < 4 and where not in used
+    assert torch.equal(held.input_ids, before)
+
+
+def test_no_more_shards_stay_open_than_the_process_may_have_files(
+        packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [row.input_ids.tolist() for row in PackedCorpus(packed / "a")]
+    monkeypatch.setattr("cprec.format._MOST_OPEN", 2)
+    corpus = PackedCorpus(packed / "a")
+    files = Path("/proc/self/fd")
+    before = len(list(files.iterdir()))
+    for i in (0, 36, 11, 22, 3, 35, 1):
+        assert corpus[i].input_ids.tolist() == expected[i]
+        assert len(list(files.iterdir())) <= before + 2
+
+
+def test_pages_that_were_read_are_given_back_and_views_of_them_stay_valid(
+        packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedCorpus, "RELEASE_BYTES", 3 * tiny.SEQ_LEN * 2)
+    released = []
+    monkeypatch.setattr(Shard, "release", lambda self, real=Shard.release: (released.append(self), real(self)))
+    corpus = PackedCorpus(packed / "a", at_random=True)
+    rows = [corpus[i] for i in range(37)]
+    assert len(released) >= 10
+    assert [r.input_ids.tolist() for r in rows] == [r.input_ids.tolist() for r in PackedCorpus(packed / "a")]
+
+
+def test_a_rows_facts_are_those_of_its_tokens(packed: Path, tmp_path: Path) -> None:
+    shard_with_mask(tmp_path / "m", has_loss_mask=True)
+    for corpus in (PackedCorpus(packed / "a"), PackedCorpus(tmp_path / "m")):
+        for i, row in enumerate(corpus):
+            shard, place = corpus.find(i)
+            assert shard.facts(place) == (row_cost(row.doc_lens), row.is_label.sum(), row.n_pad)
+            assert row.n_labels == row.is_label.sum()
 
 
 def test_a_corpus_reads_back_what_was_written_across_shards(packed: Path) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 
@@ -58,19 +56,12 @@ def test_neighbouring_documents_differ_in_colour_and_every_colour_ends_with_its_
     assert re.sub(r"\x1b\[[0-9;]*m", "", shown) == plain
 
 
-@dataclass(frozen=True)
-class MaskedRow(Row):
-    """A row that says where its loss is."""
-
-    loss_mask: npt.NDArray[np.bool_]
-
-
 def test_a_loss_mask_is_marked_in_the_text(tiny_tokenizer: str) -> None:
     tokenizer = load_tokenizer(tiny_tokenizer)
     given, target = tokenizer.encode_after("x\n", ["red lamp\n", "blue kite\n"])
     mask = np.array([False] * len(given) + [True] * len(target))
-    row = MaskedRow(input_ids=np.array([*given, *target], dtype=np.uint16), doc_ids=np.array([0]), n_pad=0,
-                    doc_lens=np.array([len(mask)], dtype=np.int32), loss_mask=mask)
+    row = Row(input_ids=np.array([*given, *target], dtype=np.uint16), doc_ids=np.array([0]), n_pad=0,
+              n_labels=len(target), doc_lens=np.array([len(mask)], dtype=np.int32), loss_mask=mask)
     shown = "".join(peek._document_text(row, slice(0, len(mask)), 0, tokenizer=tokenizer, ink=PLAIN))
     assert shown == "red lamp\n[[blue kite\n]]"
 
