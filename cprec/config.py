@@ -89,7 +89,11 @@ class DataConfig(Settings):
     """What is read."""
 
     packed: str
-    """Folder of packed corpora, as `launch/prepare.py` left it."""
+    """Folder of packed corpora, as `launch/prepare.py` left it; or its URL (`s3://bucket/prepared/packed`)."""
+    cache_dir: str = "~/.cache/cprec/shards"
+    """Where shards from a URL are kept: a local disk of each machine, which all its ranks share."""
+    cache_gb: PositiveFloat = 100.0
+    """Most that `cache_dir` may take, in 10^9 bytes; the least recently opened shards go first."""
     mix: MixConfig = MixConfig()
     seed: int = 0
     """Decides the order of the rows."""

@@ -29,6 +29,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+
+
 def device() -> torch.device:
     """This rank's GPU, or the CPU where there is none."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
@@ -44,7 +49,7 @@ def init() -> None:
         torch.cuda.set_device(device())
         torch_dist.init_process_group("nccl", device_id=device())
     else:
-        _take_cores(int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size()))
+        _take_cores(local_world_size())
         torch_dist.init_process_group("gloo")
 
 

@@ -1,8 +1,9 @@
 """The border between preparation and training: packed shards, their manifest, prompt templates. Writer and reader.
 
-A corpus is a folder with `shard-00000-000.arrow`, ... and `manifest.json`, which is written last, by rename: a folder
-without one is unfinished. A shard is one uncompressed Arrow IPC file holding one record batch, read by memory map
-without a copy:
+A corpus is a folder with `shard-00000-000.arrow`, ..., `rows.npy` and, written last by rename, `manifest.json`: without
+that it is unfinished. `rows.npy` repeats cost, n_labels and n_pad of all rows (`FACTS`), so that a step is dealt to the
+ranks without opening the shards of others. A shard is one uncompressed Arrow IPC file holding one record batch, read by
+memory map without a copy:
 
     input_ids  fixed_size_list<uint16|uint32>[seq_len]   tokens of the row's documents, then padding
     doc_lens   list<int32>    lengths of its documents in tokens, then of the padding iff n_pad > 0; sum is seq_len
@@ -30,10 +31,10 @@ import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,9 @@ ITEM_BITS = 16
 """A document's id is the number of its history (its row in `histories/<corpus>.parquet`) and, in the lowest 16 bits,
 the place of its first item there."""
 MANIFEST = "manifest.json"
+ROWS = "rows.npy"
+FACTS = np.dtype([("cost", "<i8"), ("n_labels", "<i4"), ("n_pad", "<i4")])
+"""What is known of a row without its tokens: 16 bytes."""
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Ints = npt.NDArray[np.int64]
 
@@ -220,7 +224,14 @@ class Manifest(_Record):
     sources: dict[str, str]
     """Source file -> its hash."""
     shards: list[ShardInfo]
+    row_facts: ShardInfo
+    """`rows.npy`."""
     audit: Audit | None = None
+
+    @property
+    def files(self) -> list[ShardInfo]:
+        """All files of the corpus but its manifest."""
+        return [self.row_facts, *self.shards]
 
     @property
     def fill(self) -> float:
@@ -340,6 +351,28 @@ def write_shard(path: Path, rows: PackedRows) -> ShardInfo:
         return ShardInfo(file=path.name, rows=n, bytes=file.tell(), xxh3_128=sink.digest.hexdigest())
 
 
+def write_row_facts(folder: str | os.PathLike[str], shards: Sequence[ShardInfo]) -> ShardInfo:
+    """Gather what the shards of `folder` say of their rows into `rows.npy`, by rename; shard by shard."""
+    path, n_rows = Path(folder) / ROWS, sum(s.rows for s in shards)
+    with replacing(path) as partial, partial.open("wb", buffering=0) as file, _Hashed(file) as sink:
+        np.lib.format.write_array_header_2_0(
+            sink, {"descr": np.lib.format.dtype_to_descr(FACTS), "fortran_order": False, "shape": (n_rows,)})
+        for info in shards:
+            batch = _open_batch(pa.memory_map(str(Path(folder) / info.file)), Path(folder) / info.file)
+            facts = np.empty(info.rows, dtype=FACTS)
+            for name in FACTS.names or ():
+                facts[name] = batch[name].to_numpy()
+            sink.write(facts)
+        return ShardInfo(file=ROWS, rows=n_rows, bytes=file.tell(), xxh3_128=sink.digest.hexdigest())
+
+
+def _open_batch(source: Any, path: Path) -> pa.RecordBatch:
+    try:
+        return pa.ipc.open_file(source).get_batch(0)
+    except (pa.ArrowInvalid, OSError) as e:
+        raise DataError(f"shard {path} is not readable Arrow: {e}; prepare the corpus again") from None
+
+
 def _count_labels(rows: PackedRows) -> npt.NDArray[np.int32]:
     """Labels of each row: real tokens in the loss mask, but the first of each document."""
     seq_len = rows.input_ids.shape[1]
@@ -410,20 +443,16 @@ class Shard:
     """A mapped shard: its rows by their place in it."""
 
     def __init__(self, path: Path, info: ShardInfo, manifest: Manifest, *, at_random: bool) -> None:
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            batch = pa.ipc.open_file(pa.py_buffer(self._map)).get_batch(0)
-        except (pa.ArrowInvalid, OSError, ValueError) as e:
-            raise DataError(f"shard {path} is not readable Arrow: {e}; prepare the corpus again") from None
-        self._at_random = at_random
+        self.path = path
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        batch = _open_batch(pa.py_buffer(self._map), path)
         if at_random:  # or the kernel reads 32 pages around each that is wanted
             self._map.madvise(mmap.MADV_RANDOM)
         self.input_ids: Tokens = batch["input_ids"].flatten().to_numpy().reshape(info.rows, manifest.seq_len)
         self._doc_lens, self._len_offsets = self._ragged(batch["doc_lens"])
         self._doc_ids, self._id_offsets = self._ragged(batch["doc_ids"])
-        self._n_pad, self._n_labels, self._cost = (
-            memoryview(batch[name].to_numpy()) for name in ("n_pad", "n_labels", "cost"))
+        self._n_pad, self._n_labels = (memoryview(batch[name].to_numpy()) for name in ("n_pad", "n_labels"))
         if ("loss_mask" in batch.schema.names) != manifest.has_loss_mask:
             raise DataError(f"shard {path} and its manifest disagree: has_loss_mask={manifest.has_loss_mask}, columns "
                             f"{', '.join(batch.schema.names)}; prepare the corpus again")
@@ -442,10 +471,6 @@ class Shard:
         mask = None if self._loss_mask is None else self._loss_mask[i:i + 1].flatten().to_numpy(zero_copy_only=False)
         return Row(self.input_ids[i], lens, ids, self._n_pad[i], self._n_labels[i], mask)
 
-    def facts(self, i: int) -> tuple[int, int, int]:
-        """Attention cost in token pairs, labels and tokens of padding of row i; its tokens are not read."""
-        return self._cost[i], self._n_labels[i], self._n_pad[i]
-
     def will_need(self, i: int) -> None:
         """Have the kernel start to read row i's tokens."""
         start = self._tokens_at + i * self._row_bytes
@@ -462,13 +487,16 @@ _opened: deque[tuple[weakref.ref[PackedCorpus], int]] = deque()
 """Shards that this process has open, oldest first: each holds a file descriptor."""
 _opening = threading.Lock()
 Fetch = Callable[[ShardInfo], Path]
+T = TypeVar("T")
 
 
 class PackedCorpus:
     """Random access to the rows of one packed corpus. Opening checks the manifest and every shard's size.
 
-    `fetch`: gives the local copy of a shard when it is first read, for a corpus that lies elsewhere; `folder` then
-    needs only the manifest. `at_random`: rows are read in no order, so that nothing around them is worth reading ahead.
+    `fetch` gives the local path of a file when it is first read, from any thread; `folder` then needs only the
+    manifest, and who fetches answers for the bytes. A fetched shard may be evicted at any time: before it is opened it
+    is fetched again, and a mapped one is let go of when the next is opened, since until then it takes room.
+    `at_random`: rows are read in no order, so that nothing around them is worth reading ahead.
     Resident memory is bounded: shards are opened when they are read, the oldest is closed when half of the process's
     file descriptors are used, and pages are given back after every `RELEASE_BYTES`.
     """
@@ -481,13 +509,14 @@ class PackedCorpus:
         self._fetch, self._at_random = fetch, at_random
         self._ends = list(itertools.accumulate(s.rows for s in self.manifest.shards))
         self._shards: dict[int, Shard] = {}
+        self._facts: npt.NDArray[np.void] | None = None
         self._row_bytes = self.manifest.seq_len * np.dtype(self.manifest.dtype).itemsize
         self._unreleased = 0
         if fetch is None:
             self._check_sizes()
 
     def _check_sizes(self) -> None:
-        for info in self.manifest.shards:
+        for info in self.manifest.files:
             path = self.folder / info.file
             size = path.stat().st_size if path.is_file() else -1
             if size != info.bytes:
@@ -496,14 +525,20 @@ class PackedCorpus:
                                 f"prepare it again")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}}  # maps do not travel to another process
+        return self.__dict__ | {"_shards": {}, "_facts": None}  # maps do not travel to another process
 
-    def _path(self, info: ShardInfo) -> Path:
-        return self._fetch(info) if self._fetch else self.folder / info.file
+    def _opened(self, info: ShardInfo, opener: Callable[[Path], T]) -> T:
+        """What `opener` makes of a file: again, if it is evicted between being fetched and being opened."""
+        while self._fetch:
+            with suppress(FileNotFoundError):
+                return opener(self._fetch(info))
+        return opener(self.folder / info.file)
 
     def _open(self, number: int) -> Shard:
         info = self.manifest.shards[number]
-        shard = Shard(self._path(info), info, self.manifest, at_random=self._at_random)
+        if self._fetch:
+            self._shards = {n: shard for n, shard in self._shards.items() if shard.path.exists()}
+        shard = self._opened(info, lambda path: Shard(path, info, self.manifest, at_random=self._at_random))
         with _opening:
             self._shards[number] = shard
             _opened.append((weakref.ref(self), number))
@@ -513,35 +548,44 @@ class PackedCorpus:
                     corpus._shards.pop(oldest, None)
         return shard
 
-    def find(self, i: int) -> tuple[Shard, int]:
-        """Row i's shard, opened, and its place there. Raises DataError when the shard is unreadable."""
-        assert 0 <= i < self._ends[-1], f"row {i} of {len(self)}"
+    def _place(self, i: int) -> tuple[int, int]:
+        """Number of row i's shard, and its place there."""
+        assert 0 <= i < len(self), f"row {i} of {len(self)}"
         number = bisect_right(self._ends, i)
-        shard = self._shards.get(number) or self._open(number)
-        return shard, i - self._ends[number - 1] if number else i
+        return number, i - self._ends[number - 1] if number else i
+
+    def _find(self, i: int) -> tuple[Shard, int]:
+        number, place = self._place(i)
+        return self._shards.get(number) or self._open(number), place
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def locate(self, i: int) -> tuple[str, int]:
         """Shard file and the row's place in it, for messages."""
-        assert 0 <= i < len(self), f"row {i} of {len(self)}"
-        number = bisect_right(self._ends, i)
-        return self.manifest.shards[number].file, i - (self._ends[number - 1] if number else 0)
+        number, place = self._place(i)
+        return self.manifest.shards[number].file, place
 
     def __getitem__(self, i: int) -> Row:
-        shard, place = self.find(i)
-        return self.read(shard, place)
+        self._unreleased += self._row_bytes
+        if self._unreleased > self.RELEASE_BYTES:
+            self.release()
+        shard, place = self._find(i)
+        return shard.row(place)
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
 
-    def read(self, shard: Shard, place: int) -> Row:
-        """The row at a place that `find` gave."""
-        self._unreleased += self._row_bytes
-        if self._unreleased > self.RELEASE_BYTES:
-            self.release()
-        return shard.row(place)
+    def facts(self, rows: Ints) -> npt.NDArray[np.void]:
+        """`FACTS` of the rows, (n,): cost, labels, padding. Reads neither tokens nor shards."""
+        if self._facts is None:
+            self._facts = self._opened(self.manifest.row_facts, lambda path: np.load(path, mmap_mode="r"))
+        return np.asarray(self._facts[rows])
+
+    def will_need(self, i: int) -> None:
+        """Have the kernel start to read row i from the disk; does not wait for it."""
+        shard, place = self._find(i)
+        shard.will_need(place)
 
     def release(self) -> None:
         """Give back the pages of all rows that were read; arrays that are views of them stay valid."""
@@ -549,10 +593,10 @@ class PackedCorpus:
         for shard in list(self._shards.values()):
             shard.release()
 
-    def verify(self, shard: ShardInfo | None = None) -> None:
-        """Compare the hash of every shard, or of one, with the manifest's. Raises DataError naming an altered one."""
-        for info in [shard] if shard else self.manifest.shards:
-            path = self._path(info)
+    def verify(self, file: ShardInfo | None = None) -> None:
+        """Compare the hash of every file, or of one, with the manifest's. Raises DataError naming an altered one."""
+        for info in [file] if file else self.manifest.files:
+            path = self._fetch(info) if self._fetch else self.folder / info.file
             found = file_hash(path)
             if found != info.xxh3_128:
                 raise DataError(f"shard {path} has hash {found}, its manifest says {info.xxh3_128}: its bytes were "

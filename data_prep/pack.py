@@ -35,6 +35,7 @@ from cprec.format import (
     TokenizerInfo,
     write_atomically,
     write_manifest,
+    write_row_facts,
     write_shard,
 )
 from cprec.log import get_logger
@@ -310,7 +311,8 @@ def _finish(corpus: Corpus, settings: PackSettings, parts: Sequence[Part], count
         template=corpus.template, template_hash=corpus.template.hash if corpus.template else "",
         has_loss_mask=corpus.has_loss_mask, seed=corpus.seed, split_hash=corpus.split_hash,
         max_timestamp_ms=latest_time(corpus.histories) if corpus.template else 0,
-        sources=corpus.sources, shards=shards)
+        sources=corpus.sources, shards=shards,
+        row_facts=write_row_facts(corpus.folder, shards))
     write_manifest(corpus.folder, manifest)
     _count(corpus, parts, manifest, counts)
 

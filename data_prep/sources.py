@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import fsspec
 import pyarrow as pa
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
-from cprec.errors import CPRecError, DataError, did_you_mean
+from cprec.errors import DataError
+from cprec.storage import filesystem as _filesystem
+from cprec.storage import reaching as _reaching
 
 PACKAGE = "package:"
 PARQUET = (".parquet", ".pq")
 JSON = (".jsonl", ".json", ".ndjson")
 DELIMITED = (".csv", ".tsv")
 _CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-_EXTRAS = {"s3": "cprec[s3]", "s3a": "cprec[s3]", "gs": "cprec[gcs]", "gcs": "cprec[gcs]"}
 _MAGIC = "*?["
 _WEB = ("http", "https")
 _WEB_MARKS = ("ETag", "Content-MD5", "Digest", "Last-Modified")
@@ -320,31 +320,3 @@ def first_lines(source: Source, n: int = 1000) -> list[bytes]:
     lines = head.split(b"\n")
     whole = lines if len(head) < 1 << 20 else lines[:-1]
     return [line.rstrip(b"\r") for line in whole[:n] if line.strip()]
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    fs, inside = fsspec.core.url_to_fs(url)
-    return fs, str(inside)
-
-
-@contextmanager
-def _reaching(place: str) -> Iterator[None]:
-    """Turn whatever a storage raises into a DataError that names the place and the way out."""
-    scheme = place.partition("://")[0]
-    try:
-        yield
-    except CPRecError:
-        raise
-    except ImportError as e:
-        package = _EXTRAS.get(scheme)
-        raise DataError(f"{place}: {e}; run: pip install {package or 'the package it names'}") from None
-    except FileNotFoundError:
-        raise DataError(f"{place} does not exist; check the address") from None
-    except ValueError as e:
-        if "Protocol not known" not in str(e):
-            raise DataError(f"{place}: {e}") from e
-        known = did_you_mean(scheme, fsspec.available_protocols())
-        raise DataError(f"{place}: no storage is called {scheme}://; {known}") from None
-    except Exception as e:  # each storage's client raises errors of its own kinds
-        raise DataError(f"{place}: cannot be read: {type(e).__name__}: {e}; check the file, the address and "
-                        f"your access") from e

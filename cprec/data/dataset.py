@@ -1,8 +1,8 @@
 """From packed corpora to the micro-batches of a step, for one rank: read, deal, collate, one step ahead.
 
-reads: packed corpora, by memory map. State: the step (and the micro-step, between two batches); `step(n)` is a pure
-function of n, so a run resumes at any step, on any world size that divides the global batch, with the same rows in each
-step. Training reads `steps`; `PackedDataset` alone is an iterable dataset of torch:
+reads: packed corpora, by memory map; those at a URL through a cache. State: the step (and the micro-step, between two
+batches); `step(n)` is a pure function of n, so a run resumes at any step, on any world size that divides the global
+batch, with the same rows in each step. Training reads `steps`; `PackedDataset` alone is an iterable dataset of torch:
 
     dataset = PackedDataset.open("prepared/shop/packed", global_batch_size=64, micro_batch_size=8)
     for batch in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2): ...
@@ -26,9 +26,11 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from cprec.data.collate import Batch, Memory, collate
+from cprec.data.remote import ShardCache, open_corpus, read_manifests
 from cprec.data.sampler import Phase, Position, Sampler, quotas_of, resolve_mix
 from cprec.errors import ConfigError, DataError
-from cprec.format import Manifest, PackedCorpus, Shard, list_corpora, read_manifest
+from cprec.format import FACTS, Manifest, PackedCorpus
+from cprec.storage import is_url
 
 Ints = npt.NDArray[np.int64]
 _BLOCK_ROWS = 4096
@@ -45,8 +47,6 @@ class StepRows:
     """Attention cost in token pairs: the sum of squared document lengths."""
     n_labels: Ints
     n_pad: Ints
-    found: list[tuple[Shard, int]]
-    """Where each lies: its shard and its place there."""
     dealt: Ints
     """(grad_accum, micro_batch_size, world_size): which of the n stands where."""
 
@@ -96,17 +96,17 @@ class PackedDataset(IterableDataset[Batch]):
     @classmethod
     def open(cls, packed: str | Path, *, global_batch_size: int, micro_batch_size: int | None = None,
              mix: Mapping[str, float] | None = None, seed: int = 0, rank: int = 0,
-             world_size: int = 1) -> PackedDataset:
+             world_size: int = 1, cache: ShardCache | None = None) -> PackedDataset:
         """The training corpora below `packed` under one mixture (`resolve_mix`; default: in proportion to size).
 
-        `micro_batch_size` defaults to all of a rank's rows. Raises ConfigError or DataError.
+        `micro_batch_size` defaults to all of a rank's rows; a URL needs a `cache`. Raises ConfigError or DataError.
         """
-        manifests = open_manifests(packed, "train")
+        manifests = open_manifests(packed, "train", cache)
         check_alike(manifests, packed)
         weights = resolve_mix(mix, {name: m.n_tokens for name, m in manifests.items()}, field="mix")
         sampler = Sampler(tuple(manifests), tuple(m.n_rows for m in manifests.values()),
                           (Phase(0, quotas_of(list(weights.values()))),), seed)
-        return cls([PackedCorpus(Path(packed) / name, at_random=True) for name in manifests], sampler,
+        return cls([open_corpus(packed, name, cache, at_random=True) for name in manifests], sampler,
                    global_batch_size=global_batch_size, rank=rank, world_size=world_size,
                    micro_batch_size=micro_batch_size or max(global_batch_size // world_size, 1))
 
@@ -118,10 +118,13 @@ class PackedDataset(IterableDataset[Batch]):
     def step_rows(self, step: int) -> StepRows:
         """The step's rows over all ranks: the same set for every world size."""
         at = _positions(self.sampler, step, self.global_batch_size)
-        found = [self.corpora[c].find(r) for c, r in zip(at.corpus.tolist(), at.row.tolist(), strict=True)]
-        cost, n_labels, n_pad = np.array([shard.facts(place) for shard, place in found], dtype=np.int64).T
-        dealt = deal(cost, world_size=self.world_size, micro_batch_size=self.micro_batch_size)
-        return StepRows(at.corpus, at.row, cost, n_labels, n_pad, found, dealt)
+        facts = np.empty(self.global_batch_size, dtype=FACTS)
+        for c in np.unique(at.corpus).tolist():
+            here = at.corpus == c
+            facts[here] = self.corpora[c].facts(at.row[here])
+        dealt = deal(facts["cost"], world_size=self.world_size, micro_batch_size=self.micro_batch_size)
+        cost, n_labels, n_pad = (facts[name].astype(np.int64) for name in ("cost", "n_labels", "n_pad"))
+        return StepRows(at.corpus, at.row, cost, n_labels, n_pad, dealt)
 
     def step(self, step: int) -> Step:
         """This rank's part of a step, ready for the device."""
@@ -191,14 +194,14 @@ class PackedDataset(IterableDataset[Batch]):
     def _ask_for(self, step: int) -> None:
         """Have the kernel read this rank's rows of a step, all at once, while others are worked on."""
         rows = self.step_rows(step)
-        for i in rows.dealt[:, :, self.rank].reshape(-1).tolist():
-            shard, place = rows.found[i]
-            shard.will_need(place)
+        mine = rows.dealt[:, :, self.rank].reshape(-1)
+        for c, r in zip(rows.corpus[mine].tolist(), rows.row[mine].tolist(), strict=True):
+            self.corpora[c].will_need(r)
 
     def _collate(self, rows: StepRows, micro_step: int) -> Batch:
         mine = rows.dealt[micro_step, :, self.rank]
         corpus = rows.corpus[mine].tolist()
-        read = [self.corpora[c].read(*rows.found[i]) for c, i in zip(corpus, mine.tolist(), strict=True)]
+        read = [self.corpora[c][r] for c, r in zip(corpus, rows.row[mine].tolist(), strict=True)]
         return collate(read, corpus, self._memory if get_worker_info() is None else None)
 
     def _order(self) -> str:
@@ -218,15 +221,14 @@ def _block(sampler: Sampler, start: int, n: int) -> Position:
     return sampler.rows(start, n)
 
 
-def open_manifests(packed: str | Path, kind: str) -> dict[str, Manifest]:
+def open_manifests(packed: str | Path, kind: str, cache: ShardCache | None = None) -> dict[str, Manifest]:
     """Manifests of the finished corpora of `kind` ("train" or "valid") below `packed`, by name.
 
     Raises DataError when there is none.
     """
-    if not Path(packed).is_dir():
+    if not is_url(str(packed)) and not Path(packed).is_dir():
         raise DataError(f"data.packed={packed}: no such folder; run launch/prepare.py first")
-    found = {name: read_manifest(Path(packed) / name) for name in list_corpora(packed)}
-    chosen = {name: m for name, m in found.items() if m.kind == kind and m.n_rows > 0}
+    chosen = {name: m for name, m in read_manifests(packed, cache).items() if m.kind == kind and m.n_rows > 0}
     if not chosen:
         raise DataError(f"data.packed={packed}: no finished {kind} corpus below it; run launch/prepare.py to its end")
     return chosen

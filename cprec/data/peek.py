@@ -243,7 +243,7 @@ def verify(folders: Sequence[Path]) -> str:
             corpora.append(PackedCorpus(folder))
         except DataError as e:
             problems.append(str(e))
-    shards = [(corpus, info) for corpus in corpora for info in corpus.manifest.shards]
+    shards = [(corpus, info) for corpus in corpora for info in corpus.manifest.files]
     for corpus, info in progress(shards, total=len(shards), label="verify", unit="shard"):
         try:
             corpus.verify(info)

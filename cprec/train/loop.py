@@ -24,9 +24,10 @@ from cprec import dist
 from cprec.config import RunConfig
 from cprec.data.collate import collate
 from cprec.data.dataset import PackedDataset, Step
+from cprec.data.remote import open_corpus, small_cache_warning, verify_shard
 from cprec.data.sampler import permute
 from cprec.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DataError, DivergedError, raise_all
-from cprec.format import Manifest, PackedCorpus, write_atomically
+from cprec.format import Manifest, write_atomically
 from cprec.log import get_logger
 from cprec.log import progress as with_bar
 from cprec.process import only_writer
@@ -48,7 +49,8 @@ from cprec.train.plan import DATA, DataRecord, Plan, build_plan
 
 log = get_logger(__name__)
 FREE_TO_CHANGE = ("run_dir", "checkpoint", "validation", "log_every", "max_bad_steps", "data.packed", "data.verify",
-                  "batch.micro_batch_size", "model.attention", "model.activation_checkpointing")
+                  "data.cache_dir", "data.cache_gb", "batch.micro_batch_size", "model.attention",
+                  "model.activation_checkpointing")
 """Fields that may differ when a run goes on: they change what is written or how it is computed, not what is trained.
 The run folder and the data may have moved: that they are the same is checked by what is in them."""
 
@@ -83,11 +85,21 @@ def train(config: RunConfig) -> bool:
     """
     dist.init()
     plan = build_plan(config, dist.world_size())
+    _check_one_view(plan)
     run_dir = Path(plan.config.run_dir)
     with ExitStack() as held:
         _hold(run_dir, held)
         claim_run_folder(run_dir, plan)
         return _train(plan, run_dir)
+
+
+def _check_one_view(plan: Plan) -> None:
+    """Every rank read the same manifests: machines have copies, and data at a URL may change in between. Collective."""
+    seen = dist.gather_texts([plan.data.model_dump_json()])
+    other = [str(rank) for rank, data in enumerate(seen) if data != seen[0]]
+    if other:
+        raise DataError(f"data.packed={plan.config.data.packed}: rank {', '.join(other)} found other data there than "
+                        f"rank 0; give every machine the same copy, and start again")
 
 
 def _hold(run_dir: Path, held: ExitStack) -> None:
@@ -209,7 +221,7 @@ def validate(plan: Plan, engine: Engine, step: int) -> ValidationRecord:
 def _validate_corpus(plan: Plan, engine: Engine, name: str, manifest: Manifest) -> tuple[float, float]:
     """Summed loss and predicted tokens over all ranks. Ranks without a row left run a row that does not count, since
     under ZeRO-3 every rank takes part in every forward."""
-    corpus = PackedCorpus(Path(plan.config.data.packed) / name)
+    corpus = open_corpus(plan.config.data.packed, name, plan.cache)
     n_rows = min(plan.config.validation.rows_per_corpus, len(corpus))
     rows = permute(np.arange(n_rows), len(corpus), key=(plan.config.data.seed, name, 0))
     loss_sum = n_valid = 0.0
@@ -336,22 +348,26 @@ def _save(plan: Plan, engine: Engine, run_dir: Path, progress: Progress) -> None
 
 def _open_data(plan: Plan) -> PackedDataset:
     batch = plan.config.batch
-    corpora = [PackedCorpus(Path(plan.config.data.packed) / name, at_random=True) for name in plan.sampler.names]
+    corpora = [open_corpus(plan.config.data.packed, name, plan.cache, at_random=True) for name in plan.sampler.names]
     dataset = PackedDataset(corpora, plan.sampler, global_batch_size=batch.global_batch_size,
                             micro_batch_size=batch.micro_batch_size, rank=dist.rank(), world_size=plan.world_size)
+    manifests = [*plan.train.values(), *plan.valid.values()]
+    if dist.rank() == 0 and plan.cache and (warning := small_cache_warning(plan.cache, manifests)):
+        log.warning("%s", warning)
     if plan.config.data.verify == "full":
         raise_all(dist.gather_texts(_altered_shards(plan)), of="data.packed", error=DataError)
     return dataset
 
 
 def _altered_shards(plan: Plan) -> list[str]:
-    """What is wrong with the bytes of this rank's share of the shards."""
+    """What is wrong with the bytes of this rank's share of the shards: of all its machine has, if they are cached."""
     problems = []
     manifests = {**plan.train, **plan.valid}
-    shards = [(name, shard) for name, manifest in manifests.items() for shard in manifest.shards]
-    for name, shard in shards[dist.rank()::plan.world_size]:
+    shards = [(name, shard) for name, manifest in manifests.items() for shard in manifest.files]
+    first, step = (dist.local_rank(), dist.local_world_size()) if plan.cache else (dist.rank(), plan.world_size)
+    for name, shard in shards[first::step]:
         try:
-            PackedCorpus(Path(plan.config.data.packed) / name).verify(shard)
+            verify_shard(plan.config.data.packed, name, shard, plan.cache)
         except DataError as e:
             problems.append(str(e))
     return problems

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import xxhash
 
-from cprec.config import MixConfig, RunConfig, check_batch, load_deepspeed_config
+from cprec.config import DataConfig, MixConfig, RunConfig, check_batch, load_deepspeed_config
 from cprec.data.dataset import check_alike, open_manifests
+from cprec.data.remote import ShardCache
 from cprec.data.sampler import PERIOD, Phase, Sampler, quotas_of, resolve_mix
 from cprec.errors import ConfigError, DataError, raise_all
 from cprec.format import Manifest, Template
 from cprec.schedule import Schedule
 from cprec.settings import Settings
+from cprec.storage import is_url
 from cprec.tokenizer import load_tokenizer
 
 DATA = "data.json"
@@ -53,6 +55,8 @@ class Plan:
     sampler: Sampler
     train: dict[str, Manifest]
     valid: dict[str, Manifest]
+    cache: ShardCache | None = None
+    """Through which the data come, where they lie at a URL."""
 
     @property
     def grad_accum_steps(self) -> int:
@@ -117,8 +121,9 @@ class Plan:
 
 def build_plan(config: RunConfig, world_size: int) -> Plan:
     """The plan of `config` on `world_size` ranks. Raises ConfigError or DataError listing what stands against it."""
-    train = open_manifests(config.data.packed, "train")
-    valid = open_manifests(config.data.packed, "valid") if config.validation.every else {}
+    cache = _cache_of(config.data)
+    train = open_manifests(config.data.packed, "train", cache)
+    valid = open_manifests(config.data.packed, "valid", cache) if config.validation.every else {}
     check_alike({**train, **valid}, config.data.packed)
     _check_data(config, {**train, **valid})
     load_deepspeed_config(config.deepspeed)
@@ -132,7 +137,13 @@ def build_plan(config: RunConfig, world_size: int) -> Plan:
     weights = _resolve_mix(config.data.mix, train)
     sampler = Sampler(tuple(train), tuple(m.n_rows for m in train.values()), _phases(config, schedule, weights),
                       config.data.seed)
-    return Plan(_explicit(config, schedule, weights), world_size, seq_len, schedule, sampler, train, valid)
+    return Plan(_explicit(config, schedule, weights), world_size, seq_len, schedule, sampler, train, valid,
+                cache)
+
+
+def _cache_of(data: DataConfig) -> ShardCache | None:
+    """The machine's cache of shards, for data at a URL."""
+    return ShardCache(data.cache_dir, round(data.cache_gb * 1e9)) if is_url(data.packed) else None
 
 
 def _check_data(config: RunConfig, manifests: dict[str, Manifest]) -> None:

@@ -10,8 +10,9 @@ import pytest
 REPO = Path(__file__).parents[2]
 FLOORS = [
     "cprec.errors cprec.log",
-    "cprec.format cprec.schedule cprec.dist cprec.attention cprec.loss cprec.settings cprec.tokenizer cprec.process",
-    "data_prep.records data_prep.ragged data_prep.templates data_prep.sources data_prep.disk",
+    "cprec.format cprec.schedule cprec.dist cprec.attention cprec.loss cprec.settings cprec.tokenizer cprec.process "
+    "cprec.storage",
+    "cprec.data.remote data_prep.records data_prep.ragged data_prep.templates data_prep.sources data_prep.disk",
     "cprec.cli cprec.config cprec.data.sampler cprec.data.collate cprec.data.peek "
     "data_prep.config data_prep.engine data_prep.workers data_prep.plan",
     "cprec.data.dataset cprec.model cprec.base cprec.train.metrics cprec.eval.queries cprec.eval.trie "
@@ -29,7 +30,7 @@ FLOORS = [
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}
 SHARED_WITH_DATA_PREP = {"cprec.errors", "cprec.log", "cprec.format", "cprec.settings", "cprec.tokenizer",
-                         "cprec.process"}
+                         "cprec.process", "cprec.storage"}
 THROUGH_ONE_MODULE = {
     "deepspeed": {"cprec.train.engine"},
     "matplotlib": {"cprec.plots", "data_prep.pictures"},

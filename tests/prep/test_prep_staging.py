@@ -308,7 +308,7 @@ def test_a_path_that_means_nothing_is_one_clear_error(path: str, message: str) -
 @pytest.mark.skipif("s3fs" in {d.name.lower() for d in __import__("importlib.metadata").metadata.distributions()},
                     reason="the package s3fs is installed")
 def test_a_url_of_a_storage_whose_package_is_missing_says_what_to_install() -> None:
-    with pytest.raises(DataError, match=r"s3://b/x\.csv: .*run: pip install cprec\[s3\]"):
+    with pytest.raises(DataError, match=r"s3://b/x\.csv: .*run: pip install 'cprec\[s3\]'"):
         find("s3://b/x.csv")
 
 

@@ -176,6 +176,16 @@ def test_a_first_start_that_failed_can_be_mended_in_place(world: dict[str, Any],
     launch("pretrain.py", "--config", str(config), ranks=1)
 
 
+def test_a_run_on_data_at_a_url_trains_like_one_on_the_folder(
+        world: dict[str, Any], trunk: Path, tmp_path: Path) -> None:
+    data = {**world["data"], "packed": f"file://{world['data']['packed']}", "cache_dir": str(tmp_path / "cache")}
+    config = write_config({**world, "run_dir": str(tmp_path / "run"), "data": data}, tmp_path / "run.yaml")
+    launch("pretrain.py", "--config", str(config))
+    assert losses(tmp_path / "run") == losses(trunk)
+    packed = Path(world["data"]["packed"])
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == len(list(packed.rglob("*.arrow")))
+
+
 def test_two_ranks_with_unequal_padding_train_like_one_rank_with_everything(
         world: dict[str, Any], trunk: Path, tmp_path: Path) -> None:
     run = tmp_path / "one"

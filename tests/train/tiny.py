@@ -13,7 +13,16 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cprec.config import RunConfig
-from cprec.format import Audit, Manifest, PackedRows, Template, TokenizerInfo, write_manifest, write_shard
+from cprec.format import (
+    Audit,
+    Manifest,
+    PackedRows,
+    Template,
+    TokenizerInfo,
+    write_manifest,
+    write_row_facts,
+    write_shard,
+)
 from cprec.settings import parse_settings
 from cprec.tokenizer import load_tokenizer
 
@@ -87,7 +96,8 @@ def write_corpus(packed: Path, name: str, *, model: Path, n_rows: int, seed: int
         corpus=name, kind=kind, seq_len=SEQ_LEN, dtype="uint16", n_rows=n_rows, n_tokens=n_rows * SEQ_LEN - sum(n_pad),
         n_pad=sum(n_pad), n_documents=len(doc_ids), n_documents_by_domain={name: len(doc_ids)},
         sum_squared_doc_lens=int((np.array(lens) ** 2).sum()), seed=seed, split_hash="0", max_timestamp_ms=0,
-        sources={}, template=TEMPLATE, template_hash=TEMPLATE.hash, shards=shards, audit=audit,
+        sources={}, template=TEMPLATE, template_hash=TEMPLATE.hash, shards=shards,
+        row_facts=write_row_facts(folder, shards), audit=audit,
         tokenizer=TokenizerInfo(name=str(model), fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
                                 eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)))
 
