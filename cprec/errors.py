@@ -57,6 +57,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 
+def n_of(n: int, noun: str) -> str:
+    """`1 event`, `2,160 events`: a count as it reads in a sentence; the noun takes an s."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def raise_all(problems: list[str], *, of: str, error: type[CPRecError] = ConfigError) -> None:
     """Raise one `error` that lists every problem found, or return when there is none."""
     if not problems:

@@ -522,7 +522,7 @@ class PackedCorpus:
             if size != info.bytes:
                 found = f"has {size} bytes" if size >= 0 else "is missing"
                 raise DataError(f"shard {path} {found}, its manifest says {info.bytes} bytes: the corpus was altered; "
-                                f"prepare it again")
+                                f"run launch/prepare.py again, which makes this shard anew")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_shards": {}, "_facts": None}  # maps do not travel to another process
@@ -600,7 +600,7 @@ class PackedCorpus:
             found = file_hash(path)
             if found != info.xxh3_128:
                 raise DataError(f"shard {path} has hash {found}, its manifest says {info.xxh3_128}: its bytes were "
-                                f"altered; delete it and run launch/prepare.py again")
+                                f"altered; delete it and run launch/prepare.py again, which makes this shard anew")
 
 
 def row_cost(doc_lens: Sequence[int] | npt.NDArray[np.int32]) -> int:

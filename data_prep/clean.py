@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cprec.errors import DataError
+from cprec.errors import DataError, n_of, raise_all
 from cprec.log import get_logger
 from data_prep.config import CleanSettings
 from data_prep.engine import Engine, Table, event_hash, write_parquet
@@ -30,9 +30,16 @@ log = get_logger(__name__)
 TITLED_ITEMS = ITEMS.append(pa.field("title_key", pa.string()))
 MAPPING = pa.schema([("domain", pa.string()), ("item_id", pa.string()), ("stands_for", pa.string()),
                      ("dropped", pa.string())])
+MISSING = "user, item or time is missing"
+UNKNOWN = "its domain is unknown"
+NOT_CHOSEN = "its domain is not chosen"
+NO_TIME = "its time is not positive"
+NO_ITEM = "the catalogue has no such item"
 NO_TITLE = "its item has no title"
 IN_UNSEEN = "its title is in an unseen domain's catalogue"
 ID_IN_UNSEEN = "its id is in an unseen domain's catalogue"
+MUCH_LOST = 0.1
+"""From this share of a domain's events on that no item is known of, the user is warned."""
 _CONTROL = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), " ")
 _TAG = re.compile(
     r"</?(?:a|b|big|br|center|div|em|font|form|h[1-6]|hr|i|img|input|li|link|meta|noscript|ol|p|script|small|span|"
@@ -101,7 +108,7 @@ def clean(engine: Engine, layout: Layout, settings: CleanSettings, *, corpora: C
     counts = Counts("clean")
     _clean_titles(layout, settings, counts)
     _map_items(engine, layout, settings, corpora, counts)
-    _clean_events(engine, layout, corpora, counts, seed=seed)
+    _clean_events(engine, layout, settings, corpora, counts, seed=seed)
     items, mapping = engine.read(layout.titled_items), engine.read(_mapping(layout))
     used = engine.read(layout.interactions).select("domain", "item_id").distinct()
     standing = mapping.filter((mapping.dropped == "") & (mapping.item_id == mapping.stands_for))
@@ -212,8 +219,10 @@ def _map_items(engine: Engine, layout: Layout, settings: CleanSettings, corpora:
     if settings.untitled_items == "error":
         _refuse_untitled(engine, mapping)
     dropped = mapping.filter(mapping.dropped != "")
-    for row in _count_by(engine, dropped, ["dropped", "domain"]):
-        counts.add(f"items of {row[1]} dropped: {row[0]}", int(row[2]))
+    n_dropped = {(d, reason): int(n) for d, reason, n in _count_by(engine, dropped, ["domain", "dropped"])}
+    for domain in sorted((*corpora.pretrain, *corpora.unseen)):
+        for reason in _item_reasons(domain, corpora, settings):
+            counts.add(f"items of {domain} dropped: {reason}", n_dropped.get((domain, reason), 0))
     counts.add("items merged into one of the same title",
                engine.count(mapping.filter(mapping.item_id != mapping.stands_for)))
 
@@ -235,26 +244,73 @@ def _count_by(engine: Engine, table: Table, by: Sequence[str]) -> list[tuple[str
     return [tuple(row.values()) for row in engine.rows(grouped)]
 
 
-def _clean_events(engine: Engine, layout: Layout, corpora: Corpora, counts: Counts, *, seed: int) -> None:
+def _item_reasons(domain: str, corpora: Corpora, settings: CleanSettings) -> list[str]:
+    """Why an item of the domain may be left out, by this config."""
+    is_compared = domain in corpora.pretrain and bool(corpora.unseen)
+    return [reason for reason, applies in (
+        (NO_TITLE, settings.untitled_items == "drop"), (IN_UNSEEN, is_compared),
+        (ID_IN_UNSEEN, is_compared and settings.shared_item_ids)) if applies]
+
+
+def _event_reasons(corpora: Corpora, settings: CleanSettings) -> list[str]:
+    """Why an event may be left out, by this config; in the order in which they are looked for."""
+    of_items = [r for d in (*corpora.pretrain, *corpora.unseen) for r in _item_reasons(d, corpora, settings)]
+    return [MISSING, UNKNOWN, NOT_CHOSEN, NO_TIME, NO_ITEM, *dict.fromkeys(of_items)]
+
+
+def _require_events(engine: Engine, events: Table, fates: dict[str, dict[str, int]]) -> None:
+    """Raise one DataError naming every domain none of whose events stays, and why; warn where many have no item.
+
+    `fates`: domain -> reason (empty: it stays) -> events.
+    """
+    problems: list[str] = []
+    for domain, fate in fates.items():
+        n_lost, n_events = fate.get(NO_ITEM, 0), sum(fate.values())
+        if not fate.get(""):
+            why = "; ".join(f"{n_of(n, 'event')} dropped: {reason}" for reason, n in fate.items()) or "it has none"
+            problems.append(f"domain {domain!r}: no event is left after cleaning: {why}"
+                            f"{_unmatched(engine, events, domain) if n_lost else ''}")
+        elif n_lost >= MUCH_LOST * n_events:
+            log.warning("clean: %s of %s of domain %s (%.1f %%) dropped, the catalogue has no such item%s",
+                        f"{n_lost:,}", n_of(n_events, "event"), domain, 100 * n_lost / n_events,
+                        _unmatched(engine, events, domain))
+    raise_all(problems, of="clean", error=DataError)
+
+
+def _unmatched(engine: Engine, events: Table, domain: str) -> str:
+    """How many of the domain's item ids the items have, with some of those that they lack, and the way out."""
+    mine = events.filter((events.domain == domain) & events.item_id.notnull())
+    (n,) = engine.rows(mine.agg(all=mine.item_id.nunique(), known=mine.item_id.nunique(where=mine.map_item.notnull())))
+    lacking = mine.filter(mine.map_item.isnull()).select("item_id").distinct().order_by("item_id").limit(3)
+    named = ", ".join(repr(row["item_id"]) for row in engine.rows(lacking))
+    return (f"; of {n_of(int(n['all']), 'item id')} in its events {int(n['known']):,} are in its item file, not so "
+            f"{named}: correct columns.item_id or the dataset's `items`, or write the ids of both files alike")
+
+
+def _clean_events(engine: Engine, layout: Layout, settings: CleanSettings, corpora: Corpora, counts: Counts, *,
+                  seed: int) -> None:
     raw = engine.read(layout.raw_interactions)
     mapping = engine.read(_mapping(layout)).rename(map_domain="domain", map_item="item_id")
     events = raw.left_join(mapping, [raw.domain == mapping.map_domain, raw.item_id == mapping.map_item])
     missing = events.user_id.isnull() | events.item_id.isnull() | events.ts_ms.isnull()
     events = events.mutate(reason=ibis.cases(
-        (missing, "user, item or time is missing"),
-        (events.domain.isnull(), "its domain is unknown"),
-        (events.domain.notin([*corpora.pretrain, *corpora.unseen]), "its domain is not chosen"),
-        (events.ts_ms <= 0, "its time is not positive"),
-        (events.dropped.isnull(), "the catalogue has no such item"),
+        (missing, MISSING),
+        (events.domain.isnull(), UNKNOWN),
+        (events.domain.notin([*corpora.pretrain, *corpora.unseen]), NOT_CHOSEN),
+        (events.ts_ms <= 0, NO_TIME),
+        (events.dropped.isnull(), NO_ITEM),
         (events.dropped != "", events.dropped),
         else_=""))
     counts.add("events read", engine.count(raw))
-    n_good = 0
-    for reason, n in _count_by(engine, events, ["reason"]):
-        if reason:
-            counts.add(f"events dropped: {reason}", int(n))
-        else:
-            n_good = int(n)
+    chosen = [*corpora.pretrain, *corpora.unseen]
+    fates: dict[str, dict[str, int]] = {d: {} for d in (*chosen, "")}  # "": of no domain that is chosen
+    of = ibis.ifelse(events.domain.isin(chosen), events.domain, "")
+    for domain, reason, n in _count_by(engine, events.mutate(of=of), ["of", "reason"]):
+        fates[domain][reason] = int(n)
+    for reason in _event_reasons(corpora, settings):
+        counts.add(f"events dropped: {reason}", sum(fate.get(reason, 0) for fate in fates.values()))
+    n_good = sum(fate.get("", 0) for fate in fates.values())
+    _require_events(engine, events, {d: fates[d] for d in sorted(chosen)})
     good = events.filter(events.reason == "").drop("item_id").rename(item_id="stands_for")
     once = good.group_by(["user_id", "domain", "item_id", "ts_ms"]).agg(rating=good.rating.max())
     n_kept = engine.write(once.mutate(h=event_hash(once, seed=seed)), layout.interactions, schema=CLEAN_INTERACTIONS,

@@ -219,11 +219,15 @@ class SequenceSettings(Settings):
         return self
 
 
+LEAST_VOCAB_SIZE = 512
+"""256 bytes, 94 printable ASCII characters, the mark of a space and 4 control pieces; and some for words."""
+
+
 class TokenizerSettings(Settings):
     """An existing tokenizer (`path`: folder, `.model` file or hub name), or one trained on the titles at hand."""
 
     path: str | None = None
-    train_vocab_size: int | None = Field(default=None, ge=512)
+    train_vocab_size: int | None = None
     exact: Literal["gather", "slow"] = "gather"
     """`gather` encodes each line once; `slow` tokenizes every document whole, for tokenizers that merge over lines."""
 
@@ -231,6 +235,9 @@ class TokenizerSettings(Settings):
     def _exactly_one(self) -> TokenizerSettings:
         if (self.path is None) == (self.train_vocab_size is None):
             raise ValueError("set exactly one of path (an existing tokenizer) and train_vocab_size (train one here)")
+        if self.train_vocab_size is not None and self.train_vocab_size < LEAST_VOCAB_SIZE:
+            raise ValueError(f"train_vocab_size={self.train_vocab_size} is below {LEAST_VOCAB_SIZE}: every byte and "
+                             f"every printable character alone take 355 pieces; give at least {LEAST_VOCAB_SIZE}")
         return self
 
 

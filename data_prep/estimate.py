@@ -1,72 +1,63 @@
-"""What a preparation would read and make, from a bounded look into its sources; the check of its column mappings.
+"""What a preparation would read and make, estimated from a bounded look into its sources; the check of its columns.
 
-reads: sizes of all source files, of at most `FILES` files per dataset their first rows, the tokenizer. writes: nothing
-but a temporary folder. Every number that is not exact is called about.
+reads: sizes of all source files, some of their first rows (`data_prep.look`), the tokenizer. writes: nothing but a
+temporary folder. Every number that is not exact is called about.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
-from cprec.errors import DataError, did_you_mean, raise_all
+from cprec.errors import DataError, did_you_mean, n_of, raise_all
 from cprec.format import Template
 from cprec.tokenizer import Tokenizer, load_tokenizer
-from data_prep.clean import clean_title
 from data_prep.config import EngineSettings, PrepConfig
-from data_prep.engine import Engine
 from data_prep.engines.registry import connect
-from data_prep.ingest import DatasetTasks, Staging, parse
-from data_prep.mapping import need_columns
-from data_prep.records import INTERACTIONS, ITEMS, Counts
-from data_prep.sources import Input, Reader, Source, seekable, stored, unpacked
-from data_prep.staging import Task, sample, tasks_of
+from data_prep.ingest import Staging
+from data_prep.look import CHARS_PER_TOKEN, Look, Rows, TextLook, look_at, look_at_texts, unmatched
+from data_prep.records import utc
 
-FILES = 8
-"""Files of a dataset's events, and of its items, that are looked into; the others are judged by their bytes."""
-EVENTS, ITEM_ROWS = 20_000, 200_000
-"""Rows that are looked at, per dataset."""
-TITLES = 2_000
-"""Titles that are tokenized, per dataset."""
-HEAD_BYTES = 1 << 20
-CHARS_PER_TOKEN = 2.6
-"""Of a tokenizer that is yet to be trained: as of Complete Journey's, with 2,048 pieces."""
 ITEMS_PER_HISTORY = 10
 """Assumed, for the share of the lead-ins."""
-EVENT_BYTES = 60
-"""On disk per event in all tables of stages 1 to 4 together; Complete Journey: 47."""
+HASH_BYTES = 19
+"""On disk, of an event's name: 32 hex digits, half of which is chance."""
+HISTORY_BYTES = 5
+"""On disk, compressed, of an event in a history: its item's number and its time."""
+ITEM_TABLES = 8.0
+"""An item's texts stand in its three tables, in the catalogue (title and line) and among the queries' items."""
+DOCUMENT_BYTES = 16
+"""Of a document in a shard, besides its tokens: its id, its length."""
+SHARD_BYTES = 2_000
+"""Of a shard, besides its rows: schema, footer, its lines in manifest and record."""
+REPORT_BYTES = 1_000_000
+"""Report with pictures, stamps, manifests, tokenizer."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """How many rows files have: by their metadata, or judged by the part that was looked at."""
+class Clock:
+    """Where the looked-at events put the clock."""
 
-    n: int
-    is_exact: bool
-
-    def __str__(self) -> str:
-        return f"{'' if self.is_exact else 'about '}{self.n:,} rows"
+    t_valid: int
+    t_test: int
+    learned: dict[str, float]
+    """Pre-training domain -> share of its events before `t_valid`."""
+    is_whole: bool
+    """Every event was looked at; else it is a guess from the first rows of the files."""
+    notes: list[str]
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was seen of one dataset."""
+class Artifact:
+    """Something below `out`."""
 
     name: str
-    events: Rows
-    items: Rows
-    n_sampled: int
-    by_domain: dict[str, int]
-    """Domain -> sampled events."""
-    n_titles: int
-    tokens_per_event: float
-    """Mean tokens of the line of a sampled title, by how often it occurs among the sampled events where it does."""
+    n_bytes: float
 
 
 @dataclass(frozen=True)
@@ -74,183 +65,170 @@ class Estimate:
     """What the preparation would read and make."""
 
     looks: list[Look]
-    n_events: dict[str, float]
+    texts: list[TextLook]
+    n_events: dict[str, Rows]
     """Chosen domain -> events before cleaning."""
+    clock: Clock | None
+    """None where no event of a chosen domain was seen."""
     n_tokens: float
     """Of the specific training histories; the mixed ones have as many again where everyone is in several domains."""
-    packed_bytes: float
-    staged_bytes: float
+    disk: tuple[Artifact, ...]
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def n_bytes(self) -> float:
+        """Of all artifacts."""
+        return sum(made.n_bytes for made in self.disk)
 
     def lines(self) -> Iterator[str]:
         """The estimate for people."""
         yield "estimate, from a look at the first rows; cleaning, k-core and sequence options will leave less:"
         for look in self.looks:
-            yield (f"  {look.name}: events {look.events}, items {look.items}; columns fit; from {look.n_sampled:,} "
-                   f"events and {look.n_titles:,} titles: {look.tokens_per_event:.1f} tokens per event")
-        for domain, n in self.n_events.items():
-            yield f"  {domain}: about {_round(n):,} events"
+            yield (f"  {look.name}: events {look.events}, items {look.items}; columns fit; from "
+                   f"{n_of(look.n_sampled, 'event')} and {n_of(look.n_titles, 'title')}: {look.tokens_per_event:.1f} "
+                   f"tokens per event")
+        for text in self.texts:
+            yield f"  replay {text.name}: {text.texts}; column fits; {text.tokens_per_text:.0f} tokens per text"
+        for domain, rows in self.n_events.items():
+            yield f"  {domain}: {n_of(rows.n, 'event') if rows.is_exact else f'about {_round(rows.n):,} events'}"
+        if self.clock is not None:
+            by = "" if self.clock.is_whole else " (by the first rows alone, which may all be early ones)"
+            yield f"  clock: about t_valid {utc(self.clock.t_valid)}, t_test {utc(self.clock.t_test)}{by}"
         yield (f"  training corpora: about {_round(self.n_tokens):,} tokens in specific histories, "
                f"at most as many again in mixed ones")
-        tables = EVENT_BYTES * sum(self.n_events.values())
-        total = tables + self.packed_bytes + self.staged_bytes
-        yield (f"  disk: at most about {_size(total)} (tables {_size(tables)}, packed rows "
-               f"{_size(self.packed_bytes)}, sources staged as Parquet {_size(self.staged_bytes)})")
-        yield from (f"  {note}" for note in self.notes)
+        shown = ", ".join(f"{made.name} {_size(made.n_bytes)}" for made in self.disk if made.n_bytes)
+        yield (f"  disk: about {_size(self.n_bytes)}, with mixed histories at their most ({shown}); while stages 1-4 "
+               f"run, up to as much as interactions again for spilling")
+        yield from (f"  note: {note}" for note in (*(self.clock.notes if self.clock else ()), *self.notes))
 
 
 def estimate(config: PrepConfig, staging: Staging, *, template: Template) -> Estimate:
-    """Look into every dataset. Raises one DataError naming all whose columns or time stamps do not fit the config.
+    """Look into every source. Raises one DataError naming all whose columns or time stamps do not fit the config.
 
     The embedded engine looks, whatever the config's, in a temporary folder: a preparation may be at work in `out`.
     """
     tokenizer = load_tokenizer(config.tokenizer.path) if config.tokenizer.path else None
     looks: list[Look] = []
+    texts: list[TextLook] = []
     problems: list[str] = []
-    staged_bytes = 0.0
     with (tempfile.TemporaryDirectory(prefix="cprec-") as folder,
           closing(connect(EngineSettings(), spill=Path(folder) / "spill")) as engine):
         for i, tasks in enumerate(staging.datasets):
-            at = Path(folder) / str(i)
-            at.mkdir()
-            try:
-                look, n_bytes = _look(tasks, at, engine=engine, template=template, tokenizer=tokenizer, config=config)
-            except DataError as e:
-                problems.append(str(e))
-                continue
-            looks.append(look)
-            staged_bytes += n_bytes
-    raise_all(problems, of="datasets", error=DataError)
-    return _sum_up(config, looks, template, tokenizer, staged_bytes)
+            with _noting(problems):
+                looks.append(look_at(tasks, Path(folder) / str(i), engine=engine, template=template,
+                                     tokenizer=tokenizer, max_title_chars=config.clean.max_title_chars))
+        for i, (name, files) in enumerate(staging.replay.items()):
+            with _noting(problems):
+                texts.append(look_at_texts(name, files, Path(folder) / f"replay-{i}", tokenizer=tokenizer))
+        raise_all(problems, of="sources", error=DataError)
+        lost = unmatched(engine, looks, _chosen(config))
+    return _sum_up(config, looks, texts, template, tokenizer, lost)
 
 
-def _sum_up(config: PrepConfig, looks: list[Look], template: Template, tokenizer: Tokenizer | None,
-            staged_bytes: float) -> Estimate:
-    chosen = sorted([*config.domains.pretrain, *config.domains.unseen])
-    n_events = dict.fromkeys(chosen, 0.0)
-    n_tokens = 0.0
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except DataError as e:
+        problems.append(str(e))
+
+
+def _chosen(config: PrepConfig) -> list[str]:
+    return sorted([*config.domains.pretrain, *config.domains.unseen])
+
+
+def _sum_up(config: PrepConfig, looks: list[Look], texts: list[TextLook], template: Template,
+            tokenizer: Tokenizer | None, lost: Sequence[str]) -> Estimate:
+    n_events = {d: _n_events(looks, d) for d in _chosen(config)}
+    clock = clock_of(config, looks)
     frame = len(tokenizer.encode_start(template.lead_in)) if tokenizer else len(template.lead_in) / CHARS_PER_TOKEN
-    lead_in = frame / ITEMS_PER_HISTORY
-    train = config.split.quantiles[0] if config.split.t_valid is None else 1.0
-    for look in looks:
-        for domain, n in look.by_domain.items():
-            if domain in n_events:
-                events = look.events.n * n / look.n_sampled
-                n_events[domain] += events
-                is_learned = domain in config.domains.pretrain
-                n_tokens += train * is_learned * events * (look.tokens_per_event + lead_in)
-    seen = {d for look in looks for d in look.by_domain}
-    notes = [f"note: no sampled event is of domain {d!r}; {did_you_mean(d, seen)}" for d in chosen if not n_events[d]]
+    n_tokens = sum(
+        (clock.learned[d] if clock else 0) * len(look.times[d]) * look.per_sampled
+        * (look.tokens_per_event + frame / ITEMS_PER_HISTORY)
+        for look in looks for d in config.domains.pretrain if d in look.times)
+    seen = {d for look in looks for d in look.times}
+    notes = [f"no looked-at event is of domain {d!r}; {did_you_mean(d, seen)}" for d in n_events if d not in seen]
+    notes += [f"{said}; correct columns.item_id or the dataset's `items`, or write the ids of both alike"
+              for said in lost]
+    for name, rows in [(look.name, r) for look in looks for r in (look.events, look.items)] + [
+            (f"replay {t.name}", t.texts) for t in texts]:
+        if rows.n_malformed > config.ingest.max_malformed * rows.n_lines:
+            notes.append(f"{name}: {rows.n_malformed:,} of {n_of(rows.n_lines, 'line')} looked at malformed, more than "
+                         f"ingest.max_malformed={config.ingest.max_malformed:g} allows: the run would stop")
     if tokenizer is None:
-        notes.append(f"note: the tokenizer is yet to be trained; {CHARS_PER_TOKEN:g} characters are taken for a token")
-    if config.split.t_valid is not None:
-        notes.append("note: the share of events before split.t_valid is not known yet; all are counted as training")
-    if config.replay:
-        notes.append(f"note: not in the estimate: replay of {', '.join(r.name for r in config.replay)}")
+        notes.append(f"the tokenizer is yet to be trained; {CHARS_PER_TOKEN:g} characters are taken for a token")
+    return Estimate(looks, texts, n_events, clock, n_tokens,
+                    _disk(config, looks, texts, n_events, n_tokens, template, tokenizer), notes)
+
+
+def _n_events(looks: Sequence[Look], domain: str) -> Rows:
+    mine = [look for look in looks if domain in look.times]
+    return Rows(round(sum(len(look.times[domain]) * look.per_sampled for look in mine)),
+                is_exact=all(look.events.is_whole for look in mine))
+
+
+def clock_of(config: PrepConfig, looks: Sequence[Look]) -> Clock | None:
+    """The clock by the looked-at events of the chosen domains, each counting for as many as its dataset has for one
+    looked at; and which domains it would leave without a part."""
+    chosen = _chosen(config)
+    times = {d: np.concatenate([look.times[d] for look in looks if d in look.times]) for d in chosen
+             if any(d in look.times for look in looks)}
+    if not times:
+        return None
+    weights = {d: np.concatenate([np.full(len(look.times[d]), look.per_sampled) for look in looks if d in look.times])
+               for d in times}
+    t_valid, t_test = config.split.t_valid, config.split.t_test
+    if t_valid is None or t_test is None:
+        every, weight = np.concatenate([*times.values()]), np.concatenate([*weights.values()])
+        order = np.argsort(every, kind="stable")
+        up_to = np.cumsum(weight[order])
+        places = np.searchsorted(up_to, [share * up_to[-1] for share in config.split.quantiles], side="right")
+        t_valid, t_test = (int(every[order][min(place, len(every) - 1)]) for place in places)
+    learned = {d: float(weights[d][times[d] < t_valid].sum() / weights[d].sum())
+               for d in times if d in config.domains.pretrain}
+    is_whole = all(rows.is_exact for rows in (_n_events(looks, d) for d in times))
+    would = "would" if is_whole else "may"
+    notes = []
+    for d, at in times.items():
+        missing = [part for part, n in (("train", learned.get(d, 1.0)), ("test", (at >= t_test).sum())) if not n]
+        if missing:
+            notes.append(f"domain {d} {would} have no event in {' and none in '.join(missing)}, by those looked at: "
+                         f"from {utc(int(at.min()))} to {utc(int(at.max()))}; the run {would} stop at split: move the "
+                         f"clock (split.t_valid and split.t_test, or split.quantiles) or leave the domain out")
+    return Clock(t_valid, t_test, learned, is_whole, notes)
+
+
+def _disk(config: PrepConfig, looks: Sequence[Look], texts: Sequence[TextLook], n_events: dict[str, Rows],
+          n_tokens: float, template: Template, tokenizer: Tokenizer | None) -> tuple[Artifact, ...]:
+    """What will lie below `out`."""
+    low, high = config.split.quantiles
     n_ids = tokenizer.vocab_size if tokenizer else config.tokenizer.train_vocab_size or 0
-    return Estimate(looks, n_events, n_tokens, packed_bytes=2 * n_tokens * (2 if n_ids <= 1 << 16 else 4),
-                    staged_bytes=staged_bytes, notes=notes)
-
-
-def _look(tasks: DatasetTasks, folder: Path, *, engine: Engine, template: Template, tokenizer: Tokenizer | None,
-          config: PrepConfig) -> tuple[Look, float]:
-    """What is seen of one dataset, and about how many bytes its text files take as Parquet."""
-    events, n_events, event_bytes = _sample_files(tasks.events, EVENTS, folder / "events")
-    items, n_items, item_bytes = _sample_files(tasks.items, ITEM_ROWS, folder / "items")
-    found, titled = parse(engine, DatasetTasks(tasks.dataset, events=events, items=items), Counts("estimate"))
-    engine.write(found, folder / "e.parquet", schema=INTERACTIONS, order_by=["user_id", "ts_ms"])
-    engine.write(titled, folder / "i.parquet", schema=ITEMS, order_by=ITEMS.names)
-    found, titled = engine.read(folder / "e.parquet"), engine.read(folder / "i.parquet")
-    by_domain = {str(r["domain"]): int(r["n"]) for r in engine.rows(
-        found.group_by("domain").agg(n=found.count()).order_by("domain"))}
-    fields = ["domain", "title", "brand", "category"]
-    named = titled.filter(titled.title.notnull())
-    bought = found.select("domain", "item_id").inner_join(named, ["domain", "item_id"])
-    texts = bought if engine.count(bought) else named
-    counted = engine.rows(texts.group_by(fields).agg(n=texts.count()).order_by(fields))
-    every = max(len(counted) // TITLES, 1)
-    lines = {_line(row, template, config): int(row["n"]) for row in counted[::every]}
-    total = sum(_n_tokens([line], tokenizer, before=template.any_line) * n for line, n in lines.items())
-    n_sampled = sum(by_domain.values())
-    return Look(tasks.dataset.path, n_events, n_items, n_sampled, by_domain, len(lines),
-                total / max(sum(lines.values()), 1)), event_bytes + item_bytes
-
-
-def _line(row: dict[str, str | None], template: Template, config: PrepConfig) -> str:
-    fields = {"domain": row["domain"] or ""}
-    for name in ("title", "brand", "category"):
-        text = clean_title(row[name] or "", max_chars=config.clean.max_title_chars)
-        fields[name] = text.text if text else ""
-    return template.line(fields)
-
-
-def _n_tokens(lines: Sequence[str], tokenizer: Tokenizer | None, *, before: str) -> float:
-    if tokenizer is None:
-        return sum(len(line) for line in lines) / CHARS_PER_TOKEN
-    return sum(len(ids) for ids in tokenizer.encode_after(before, lines))
-
-
-def _sample_files(tasks: Sequence[Task], n_rows: int, folder: Path) -> tuple[tuple[Task, ...], Rows, float]:
-    """The first rows of some of the files as tasks of their own; rows of all; bytes of all staged as Parquet."""
-    folder.mkdir()
-    chosen = [tasks[i * len(tasks) // FILES] for i in range(FILES)] if len(tasks) > FILES else list(tasks)
-    places = tasks_of([t.input for t in chosen], folder)
-    samples = [_sample(t, place.at, -(-n_rows // len(chosen))) for t, place in zip(chosen, places, strict=True)]
-    all_bytes = sum(t.input.source.n_bytes for t in tasks)
-    looked_bytes = sum(t.input.source.n_bytes for t in chosen)
-    share = all_bytes / max(looked_bytes, 1)
-    rows = Rows(round(sum(s.rows.n for s in samples) * share),
-                is_exact=len(chosen) == len(tasks) and all(s.rows.is_exact for s in samples))
-    staged = sum(s.staged_bytes for s in samples) * share
-    return tuple(s.task for s in samples), rows, staged
-
-
-@dataclass(frozen=True)
-class _Sample:
-    task: Task
-    rows: Rows
-    staged_bytes: float
-
-
-def _sample(task: Task, at: Path, n_rows: int) -> _Sample:
-    source, reader = task.input.source, task.input.reader
-    if reader.kind == "parquet":
-        n = _first_of_parquet(source, reader, at, n_rows)
-        local = Task(Input(Source(source.label, str(at)), reader), at)
-        return _Sample(local, Rows(n, is_exact=True), staged_bytes=source.n_bytes if source.is_remote else 0)
-    table = sample(task.input, n_rows)
-    pq.write_table(table, at, compression="zstd")
-    rows = _rows_of_text(source)
-    return _Sample(Task(task.input, at), rows, staged_bytes=at.stat().st_size * rows.n / max(table.num_rows, 1))
-
-
-def _first_of_parquet(source: Source, reader: Reader, at: Path, n_rows: int) -> int:
-    """Write the first rows of a Parquet file to `at`; returns how many it has."""
-    with seekable(source) as raw:
-        try:
-            file = pq.ParquetFile(raw)
-            names = file.schema_arrow.names
-            need_columns(reader.fields, names, source=source.label)
-            wanted = [n for n in names if any(n in f.of for f in reader.fields)]
-            first = next(file.iter_batches(batch_size=n_rows, columns=wanted), None)
-        except (pa.ArrowInvalid, OSError) as e:
-            raise DataError(f"{source.label}: not readable as Parquet: {str(e).splitlines()[0]}; replace the file, or "
-                            f"name another") from None
-        schema = pa.schema([file.schema_arrow.field(n) for n in wanted])
-        table = schema.empty_table() if first is None else pa.table(first)
-        pq.write_table(table, at)
-        return int(file.metadata.num_rows)
-
-
-def _rows_of_text(source: Source) -> Rows:
-    """Lines of a text file, judged by its first MiB: exact when that is all of it."""
-    with stored(source) as stream:
-        head: bytes = unpacked(stream, source).read(HEAD_BYTES)
-        n_read = stream.n_read
-    n_lines = head.count(b"\n") + (not head.endswith(b"\n") and bool(head))
-    if len(head) < HEAD_BYTES:
-        return Rows(n_lines, is_exact=False)  # a header or a malformed line may be among them
-    return Rows(round(n_lines * source.n_bytes / max(n_read, 1)), is_exact=False)
+    id_bytes = 2 if n_ids <= 1 << 16 else 4
+    n_all, n_chosen = (sum(look.events.n for look in looks), sum(rows.n for rows in n_events.values()))
+    n_learned = sum(n_events[d].n for d in config.domains.pretrain)
+    per_event = sum(look.bytes_per_event * look.events.n for look in looks) / max(n_all, 1)
+    tokens_per_event = sum(look.tokens_per_event * look.events.n for look in looks) / max(n_all, 1)
+    n_packed = 2 * n_tokens + (high - low) * n_chosen * tokens_per_event  # specific, mixed, validation
+    n_documents = n_packed / max(ITEMS_PER_HISTORY * tokens_per_event, 1)
+    n_rows = n_documents if config.pack.mode == "one_per_row" else n_packed / config.pack.seq_len
+    packed = (n_rows * (config.pack.seq_len * id_bytes + SHARD_BYTES / config.pack.shard_rows)
+              + n_documents * DOCUMENT_BYTES)
+    of_text = sum(t.texts.n * t.tokens_per_text for t in texts) * id_bytes
+    is_slow = config.tokenizer.exact == "slow"
+    staged = sum(rows.staged_bytes for look in looks for rows in (look.events, look.items))
+    sizes = {
+        "staged": staged + sum(t.texts.staged_bytes for t in texts),
+        "interactions": per_event * (n_all + n_chosen + low * n_learned)
+        + HASH_BYTES * (n_chosen + low * n_learned + (1 - low) * n_chosen),
+        "items": ITEM_TABLES * sum(look.bytes_per_item * look.items.n for look in looks),
+        "texts": sum(t.texts.n * t.bytes_per_text for t in texts),
+        "histories": HISTORY_BYTES * (2 * low * n_learned + (high - low) * n_chosen),
+        "segments": 0 if is_slow else sum(look.items.n * (look.tokens_per_event * id_bytes + 8) for look in looks),
+        "packed": packed + template.is_supervised * n_packed / 8 + is_slow * n_packed * id_bytes + 2 * of_text,
+        "queries": 2 * HISTORY_BYTES * (1 - high) * n_chosen,
+        "report and others": REPORT_BYTES,
+    }  # what is tokenized whole is kept in packed/<corpus>/parts/ too
+    return tuple(Artifact(name, n_bytes) for name, n_bytes in sizes.items())
 
 
 def _round(n: float) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from cprec.errors import DataError, did_you_mean, raise_all
 from data_prep.config import Dataset, PrepConfig
 from data_prep.engine import Engine, Table
@@ -116,7 +118,15 @@ def ingest(engine: Engine, layout: Layout, config: PrepConfig, staging: Staging,
 
 
 def parse(engine: Engine, tasks: DatasetTasks, counts: Counts) -> tuple[Table, Table]:
-    """(interactions, items) of one staged dataset, in the one schema, lazy but for the largest time stamp."""
+    """(interactions, items) of one staged dataset, in the one schema, lazy but for the largest time stamp.
+
+    Raises DataError where all its files together have no row.
+    """
+    for what, files in (("events", tasks.events), ("items", tasks.items)):
+        if not any(pq.read_metadata(t.parquet).num_rows for t in files):
+            named = ", ".join(t.input.source.label for t in files[:3])
+            raise DataError(f"dataset {tasks.dataset.path}: no row of {what} in {named}{', ...' if files[3:] else ''}; "
+                            f"fetch or write them again, or take the dataset out")
     with engine.errors_named():
         return PARSERS[tasks.dataset.parser].parse(
             tasks.dataset, as_table(engine, tasks.events), as_table(engine, tasks.items), counts)

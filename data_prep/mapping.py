@@ -5,7 +5,7 @@ reads: nothing but the largest time stamp of a column. writes: nothing; tables s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ibis
@@ -14,7 +14,7 @@ from cprec.errors import DataError, nearest
 from data_prep.config import Columns
 from data_prep.engine import Table
 from data_prep.records import Counts
-from data_prep.sources import Field
+from data_prep.sources import Field, Reader
 
 
 def event_fields(columns: Columns, **usual: tuple[str, ...]) -> tuple[Field, ...]:
@@ -36,28 +36,28 @@ def _field(columns: Columns, name: str, usual: dict[str, tuple[str, ...]], *, ki
     return Field(name=name, of=(given,) if given else usual.get(name, (name,)), kind=kind, is_required=is_required)
 
 
-def need_columns(fields: Iterable[Field], columns: Sequence[str], *, source: str) -> None:
-    """Raise DataError naming the file and every required field of which it has no column."""
+def need_columns(reader: Reader, columns: Sequence[str], *, source: str) -> None:
+    """Raise DataError naming the file, every required field of which it has no column, and the config's key."""
     missing = [f"{' or '.join(map(repr, f.of))} (for {f.name}); {nearest(f.of[0], columns)}".removesuffix("; ")
-               for f in fields if f.is_required and not any(name in columns for name in f.of)]
+               for f in reader.fields if f.is_required and not any(name in columns for name in f.of)]
     if missing:
         raise DataError(f"{source} has no column {' and no column '.join(missing)}\n"
-                        f"  its columns: {', '.join(columns)}; correct the dataset's `columns`")
+                        f"  its columns: {', '.join(columns)}; correct {reader.key}")
 
 
-def chosen(table: Table, fields: Sequence[Field], *, source: str) -> Table:
-    """The table's `fields` under our names; null where the source lacks an optional one, and for an empty text.
+def chosen(table: Table, reader: Reader, *, source: str) -> Table:
+    """The table's fields under our names; null where the source lacks an optional one, and for an empty text.
 
     DataError: see need_columns; or a column is of a type that does not hold its kind.
     """
-    need_columns(fields, table.columns, source=source)
+    need_columns(reader, table.columns, source=source)
 
     def column(field: Field) -> Any:
         found = [_as_kind(table[name], field, source=source) for name in field.of if name in table.columns]
         missing = ibis.null("float64" if field.kind == "number" else "string")
         return ibis.coalesce(*found) if len(found) > 1 else found[0] if found else missing
 
-    return table.select(**{field.name: column(field) for field in fields})
+    return table.select(**{field.name: column(field) for field in reader.fields})
 
 
 def _as_kind(column: Any, field: Field, *, source: str) -> Any:

@@ -153,7 +153,7 @@ def pack(corpora: Sequence[Corpus], settings: PackSettings, *, workers: Workers,
 def part_tasks(corpus: Corpus, settings: PackSettings) -> list[PartTask]:
     """The parts of a corpus, in order: runs of whole row groups of about `window` histories; single row groups where
     documents are tokenized whole, which takes far longer."""
-    metadata = pq.ParquetFile(corpus.histories).metadata
+    metadata = _file(corpus.histories).metadata
     per_part = max(round(settings.window / ROW_GROUP_ROWS), 1) if corpus.segments else 1
     starts = np.cumsum([0, *(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))])
     firsts = range(0, metadata.num_row_groups, per_part)
@@ -211,8 +211,11 @@ def documents_of(task: PartTask) -> tuple[Documents, TokenSource]:
     items, lengths = read_histories(corpus.histories, task.row_groups)
     history_ids = task.first_history + np.arange(len(lengths))
     if corpus.segments is not None:
-        return gathered_documents(items, lengths, history_ids, _mapped(corpus.segments, corpus.inputs_key),
-                                  seq_len=settings.seq_len, has_target=corpus.has_loss_mask)
+        segments = _mapped(corpus.segments, corpus.inputs_key)
+        _require_known(items, len(segments.lens) - FIRST_ITEM, corpus)
+        return gathered_documents(items, lengths, history_ids, segments, seq_len=settings.seq_len,
+                                  has_target=corpus.has_loss_mask)
+    _require_known(items, _file(corpus.catalogue).metadata.num_rows, corpus)
     if not task.whole_tokens.is_file():
         made = tokenize_histories(
             items, lengths, history_ids, line_of=_lines(corpus.catalogue, corpus.inputs_key).of,
@@ -225,7 +228,7 @@ def documents_of(task: PartTask) -> tuple[Documents, TokenSource]:
 def _texts_of(task: PartTask) -> tuple[Documents, FromWhole]:
     corpus = task.corpus
     if not task.whole_tokens.is_file():
-        texts = pq.ParquetFile(corpus.histories).read_row_groups([*task.row_groups], columns=["text"])["text"]
+        texts = _file(corpus.histories).read_row_groups([*task.row_groups], columns=["text"])["text"]
         made = tokenize_texts(
             texts.to_pylist(), task.first_history + np.arange(len(texts)),
             tokenizer=cached_tokenizer(corpus.tokenizer_name), room=task.settings.seq_len)
@@ -254,8 +257,28 @@ def gathered_documents(items: npt.NDArray[np.int32], lengths: Ints, history_ids:
 
 def read_histories(path: Path, row_groups: range) -> tuple[npt.NDArray[np.int32], Ints]:
     """Items of the histories in these row groups, end to end, and how many each history has."""
-    column = pq.ParquetFile(path).read_row_groups([*row_groups], columns=["items"])["items"].combine_chunks()
+    column = _file(path).read_row_groups([*row_groups], columns=["items"])["items"].combine_chunks()
     return column.flatten().to_numpy().astype(np.int32, copy=False), column.value_lengths().to_numpy().astype(np.int64)
+
+
+def _require_known(items: npt.NDArray[np.int32], n_items: int, corpus: Corpus) -> None:
+    """Raise DataError where a history names what the catalogue of `n_items` does not have."""
+    if len(items) and not 0 <= (least := int(items.min())) <= (most := int(items.max())) < n_items:
+        odd = least if least < 0 else most
+        raise DataError(f"{corpus.histories} names item {odd}, the catalogue has items 0 to {n_items - 1}: it was "
+                        f"altered; delete it and run launch/prepare.py again, which makes it and all that depends on "
+                        f"it anew")
+
+
+def _file(path: Path) -> pq.ParquetFile:
+    """The file, its footer parsed once per process: it grows with the parts, each of which asks for it."""
+    found = path.stat()
+    return pq.ParquetFile(path, metadata=_footer(path, found.st_mtime_ns, found.st_size))
+
+
+@lru_cache(maxsize=4)
+def _footer(path: Path, mtime_ns: int, n_bytes: int) -> pq.FileMetaData:
+    return pq.read_metadata(path)
 
 
 @lru_cache(maxsize=1)
@@ -319,19 +342,22 @@ def _finish(corpus: Corpus, settings: PackSettings, parts: Sequence[Part], count
 
 def latest_time(histories: Path) -> int:
     """Time of the latest event in the histories (ms), from the file's statistics."""
-    metadata = pq.ParquetFile(histories).metadata
+    metadata = _file(histories).metadata
     column = next(c for c in range(metadata.num_columns)
                   if metadata.row_group(0).column(c).path_in_schema.startswith("ts."))
     return max(int(metadata.row_group(g).column(column).statistics.max) for g in range(metadata.num_row_groups))
 
 
 def _count(corpus: Corpus, parts: Sequence[Part], manifest: Manifest, counts: Counts) -> None:
+    is_text = corpus.template is None
     if manifest.n_rows >= MANY_ROWS and manifest.fill < LOW_FILL:
-        log.warning("corpus %s: only %.1f %% of its rows is tokens: documents of %d tokens (mean) pack badly into "
-                    "rows of %d; try another sequences.max_items or pack.seq_len", corpus.name, 100 * manifest.fill,
-                    manifest.n_tokens // manifest.n_documents, manifest.seq_len)
-    for what, n in (("documents", manifest.n_documents), ("events in them", sum(p.n_events for p in parts)),
-                    ("rows", manifest.n_rows), ("tokens", manifest.n_tokens), ("padding", manifest.n_pad)):
+        log.warning("corpus %s: only %.1f %% of its rows is tokens: %s of %d tokens (mean) pack badly into rows of %d; "
+                    "try another %spack.seq_len", corpus.name, 100 * manifest.fill,
+                    "pieces of text" if is_text else "documents", manifest.n_tokens // manifest.n_documents,
+                    manifest.seq_len, "" if is_text else "sequences.max_items or ")
+    made = [("pieces of text", manifest.n_documents)] if is_text else [
+        ("documents", manifest.n_documents), ("events in them", sum(p.n_events for p in parts))]
+    for what, n in (*made, ("rows", manifest.n_rows), ("tokens", manifest.n_tokens), ("padding", manifest.n_pad)):
         counts.add(f"{corpus.name}: {what}", n)
     items = {item for p in parts for item in p.dropped}
     if items:

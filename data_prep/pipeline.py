@@ -6,6 +6,7 @@ last by rename. A restart skips finished stages; a folder that was prepared othe
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from cprec.errors import DataError
+from cprec.errors import ConfigError, DataError
 from cprec.format import MANIFEST, Template, TokenizerInfo, list_corpora, read_manifest, write_atomically
 from cprec.log import get_logger
 from cprec.process import only_writer
@@ -37,26 +38,29 @@ from data_prep.queries import write_queries
 from data_prep.records import Counts, Layout, Split, Stamp, digest
 from data_prep.report import write_report
 from data_prep.sequences import write_catalogue, write_histories
-from data_prep.split import read_split, split, write_split
+from data_prep.split import read_split, require_parts, split, write_split
 from data_prep.templates import template_of
 from data_prep.vocabulary import train_tokenizer
 from data_prep.workers import Workers
 
 log = get_logger(__name__)
 
-FEW_COUNTS = 30
-"""A stage with more counts than this says them in report.md only."""
+SHOWN = {"ingest": ("events", "items"), "clean": ("events kept", "items kept"), "split": ("training events",),
+         "sequences": ("items in the catalogue",), "vocabulary": ("pieces reached",), "encode": ("segments",),
+         "audit": ("corpora audited",)}
+"""Counts of a stage that are said when it is done; report.md has all."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step: what decides its output, what it needs, what it leaves."""
+    """One step: what decides its output, what it needs, what it leaves; `folders` are those that are its alone."""
 
     name: str
     needs: tuple[str, ...]
     settings: dict[str, Any]
     run: Callable[[], Counts]
     outputs: Callable[[], Sequence[Path]]
+    folders: tuple[Path, ...] = ()
 
 
 class Preparation:
@@ -119,8 +123,8 @@ class Preparation:
         domains = c.domains.model_dump(mode="json")
         minima = {"min_user_events": c.clean.min_user_events, "min_item_events": c.clean.min_item_events}
         trains = c.tokenizer.train_vocab_size is not None
-        vocabulary = [Stage("vocabulary", ("sequences",), {"train_vocab_size": c.tokenizer.train_vocab_size},
-                            self._vocabulary, lambda: sorted(at.tokenizer.iterdir()))] if trains else []
+        vocabulary = Stage("vocabulary", ("sequences",), {"train_vocab_size": c.tokenizer.train_vocab_size},
+                           self._vocabulary, lambda: sorted(at.tokenizer.iterdir()), (at.tokenizer,))
         return [
             Stage("ingest", (), {"datasets": [d.model_dump(mode="json") for d in c.datasets],
                                  "replay": [r.model_dump(mode="json") for r in c.replay]},
@@ -133,15 +137,16 @@ class Preparation:
                   self._split, lambda: [at.split, at.holdout, at.train]),
             Stage("sequences", ("split",), {"sequences": c.sequences.model_dump(mode="json"),
                                             "template": self.template.model_dump(mode="json")},
-                  self._sequences, lambda: [at.catalogue, *map(at.histories, self.corpora.all)]),
-            *vocabulary,
+                  self._sequences, lambda: [at.catalogue, *map(at.histories, self.corpora.all)],
+                  (at.histories("").parent,)),
+            *([vocabulary] if trains else []),
             Stage("encode", ("vocabulary",) if trains else ("sequences",),
                   {"tokenizer": {"path": c.tokenizer.path, "exact": c.tokenizer.exact}},
                   self._encode, lambda: [at.segments, at.segments_info]),
             Stage("pack", ("encode",), {"pack": c.pack.model_dump(mode="json")},
-                  self._pack, lambda: sorted(p for p in at.packed.rglob("*") if p.is_file())),
+                  self._pack, lambda: sorted(p for p in at.packed.rglob("*") if p.is_file()), (at.packed,)),
             Stage("queries", ("sequences",), {"queries": c.queries.model_dump(mode="json")},
-                  self._queries, lambda: sorted(at.queries.iterdir())),
+                  self._queries, lambda: sorted(at.queries.iterdir()), (at.queries,)),
             Stage("audit", ("pack",), {}, self._audit, lambda: [at.audit]),
         ]
 
@@ -159,6 +164,7 @@ class Preparation:
         counts = Counts("split")
         made = split(self.engine, self.layout, self.config.split, corpora=self.corpora, regime=self.config.regime,
                      counts=counts)
+        require_parts(self.engine, self.layout, self.config.split, made=made, corpora=self.corpora)
         k_core(self.engine, self.layout.train, self.config.clean, counts)
         counts.add("training events", pq.ParquetFile(self.layout.train).metadata.num_rows)
         write_split(self.layout, made)
@@ -241,7 +247,8 @@ def _prepare(preparation: Preparation) -> None:
             _ = preparation.tokenizer_info  # one that cannot be loaded is said now, not after hours of other stages
         preparation.layout.out.mkdir(parents=True, exist_ok=True)
         preparation.layout.stamp("").parent.mkdir(exist_ok=True)
-        write_atomically(preparation.layout.out / "config.yaml", dump_settings(config))
+        if len(finished) < len(stages):
+            write_atomically(preparation.layout.out / "config.yaml", dump_settings(config))
         try:
             for stage in stages:
                 if stage.name in finished:
@@ -265,26 +272,46 @@ def _report(preparation: Preparation, finished: dict[str, Stamp]) -> None:
 def finished_stages(preparation: Preparation, stages: Sequence[Stage]) -> dict[str, Stamp]:
     """Stamps of the stages that need not run again. Writes nothing.
 
-    Raises DataError when the folder holds something else, or the work of another config or of other sources.
+    Raises ConfigError when the folder holds something else, or the work of another config or of other sources.
     """
     layout = preparation.layout
     _ = preparation.staging  # a missing one is said before anything else happens
     if layout.out.is_dir() and any(layout.out.iterdir()) and not layout.stamp("").parent.is_dir():
-        raise DataError(f"out={layout.out} is not empty and is no prepared folder; give another out")
+        raise ConfigError(f"out={layout.out} is not empty and is no prepared folder; give another out")
     finished: dict[str, Stamp] = {}
+    different: dict[str, list[str]] = {}
     for stage in stages:
         if not layout.stamp(stage.name).is_file():
             continue
         stamp = read_stamp(layout, stage.name)
-        inputs = _inputs(preparation, stage, finished)
-        different = _differences(stamp, stage, inputs)
-        if different:
-            listed = "\n".join(f"  {d}" for d in different)
-            raise DataError(f"out={layout.out}: stage {stage.name} there was prepared otherwise; nothing was changed\n"
-                            f"{listed}\n  give another out, or delete {layout.out} to prepare it anew")
-        if all(name in finished for name in stage.needs) and _outputs_are_there(layout, stamp):
-            finished[stage.name] = stamp
+        found = _differences(stamp, stage, _inputs(preparation, stage, finished))
+        if found:
+            different[stage.name] = found
+        elif all(name in finished for name in stage.needs):
+            if changed := _changed_outputs(layout, stamp):
+                log.warning("stage %s: %s %s missing or of another size, made anew", stage.name, ", ".join(changed[:3]),
+                            "is" if len(changed) == 1 else "are" if len(changed) < 4 else "and more are")
+            else:
+                finished[stage.name] = stamp
+    if different:
+        raise _prepared_otherwise(layout, stages, different)
     return finished
+
+
+def _prepared_otherwise(layout: Layout, stages: Sequence[Stage], different: dict[str, list[str]]) -> ConfigError:
+    """The error for a folder of another config: the keys that differ, by the first stage that they decide, which stages
+    depend on them, and the command that removes just these stages' work."""
+    touched = set(different).union(*(dependents(stages, name) for name in different))
+    listed = "\n".join(f"  stage {name}: {line}" for name, lines in different.items() for line in lines)
+    again = [s for s in stages if s.name in touched]
+    names = [s.name for s in stages if s.name not in touched and layout.stamp(s.name).is_file()]
+    kept = f" (kept: {', '.join(names)})" if names else ""
+    gone = [path for s in again for path in (layout.stamp(s.name), *s.folders) if path.exists()]
+    return ConfigError(
+        f"out={layout.out} was prepared otherwise; nothing was changed\n{listed}\n"
+        f"  either give another out; or have stages {', '.join(s.name for s in again)} made anew there"
+        f"{kept}: run the same command after\n"
+        f"    rm -r {shlex.join(map(str, gone))}")
 
 
 def _run(preparation: Preparation, stage: Stage, finished: dict[str, Stamp]) -> Stamp:
@@ -299,10 +326,8 @@ def _run(preparation: Preparation, stage: Stage, finished: dict[str, Stamp]) -> 
     stamp = Stamp(stage=stage.name, settings=stage.settings, inputs=inputs, outputs=outputs, counts=counts.by_reason,
                   key=digest([stage.name, stage.settings, inputs]))
     write_atomically(layout.stamp(stage.name), stamp.model_dump_json(indent=1))
-    log.info("stage %s: done in %.1f s", stage.name, time.monotonic() - start_s)
-    if len(counts.by_reason) <= FEW_COUNTS:
-        for reason, n in counts.by_reason.items():
-            log.info("  %12s  %s", f"{n:,}", reason)
+    shown = [f"{counts.by_reason[what]:,} {what}" for what in SHOWN.get(stage.name, ()) if what in counts.by_reason]
+    log.info("stage %s: done in %.1f s%s", stage.name, time.monotonic() - start_s, "".join(f", {s}" for s in shown))
     return stamp
 
 
@@ -349,10 +374,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removesuffix("."): value}
 
 
-def _outputs_are_there(layout: Layout, stamp: Stamp) -> bool:
-    """Whether every file of a finished stage still has its size; one that is gone is made again."""
-    return all((layout.out / name).is_file() and size in (-1, (layout.out / name).stat().st_size)
-               for name, size in stamp.outputs.items())
+def _changed_outputs(layout: Layout, stamp: Stamp) -> list[str]:
+    """Files of a finished stage that are gone or have another size."""
+    paths = {name: layout.out / name for name in stamp.outputs}
+    return [name for name, size in stamp.outputs.items()
+            if not paths[name].is_file() or size not in (-1, paths[name].stat().st_size)]
 
 
 def summary(layout: Layout, finished: dict[str, Stamp]) -> list[str]:

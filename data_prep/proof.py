@@ -79,7 +79,7 @@ def _require_unaltered(path: Path, info: ShardInfo) -> None:
     found = file_hash(path)
     if found != info.xxh3_128:
         raise DataError(f"shard {path} has hash {found}, its manifest says {info.xxh3_128}: its bytes were altered; "
-                        f"delete it and run launch/prepare.py again")
+                        f"delete it and run launch/prepare.py again, which makes this shard anew")
 
 
 def _pieces(batch: pa.RecordBatch) -> _Pieces:

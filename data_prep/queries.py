@@ -10,11 +10,11 @@ from __future__ import annotations
 import ibis
 import pyarrow as pa
 
-from cprec.errors import DataError
+from cprec.errors import DataError, n_of
 from cprec.format import MANIFEST, QueriesManifest, Template, file_hash, write_atomically
 from data_prep.config import QuerySettings
 from data_prep.engine import Engine, Table, in_order
-from data_prep.records import Corpora, Counts, Layout, Split
+from data_prep.records import Corpora, Counts, Layout, Split, utc
 
 ITEMS = pa.schema([
     ("item", pa.int32()), ("item_id", pa.string()), ("title", pa.string()), ("line", pa.string()),
@@ -45,9 +45,13 @@ def write_queries(engine: Engine, layout: Layout, settings: QuerySettings, *, co
         counts.add(f"{domain}: items to rank", n_items[domain])
     empty = [d for d in domains if not n_queries[d]]
     if empty:
-        raise DataError(f"no ranking query in {', '.join(empty)}: no user there has {settings.min_history} events "
-                        f"before an event from {split.t_test} ms on that qualifies (seen: {settings.seen}); lower "
-                        f"queries.min_history, move the clock earlier, or take the domain out")
+        new = ", of an item that is new to them" if settings.seen == "exclude" else ""
+        again = "set queries.seen: include to count what users buy again, " if new else ""
+        raise DataError(f"no ranking query in {', '.join(empty)}: no user there has "
+                        f"{n_of(settings.min_history, 'event')} before an event from {utc(split.t_test)} "
+                        f"({split.t_test} ms) on{new} (seen: {settings.seen}); {again}lower queries.min_history, move "
+                        f"the clock earlier (split.quantiles, or split.t_valid and split.t_test), or take the domain "
+                        f"out")
     files = [f"{d}{suffix}" for d in domains for suffix in (".items.parquet", ".parquet")]
     manifest = QueriesManifest.model_validate({
         "domains": {d: "pretrain" if d in corpora.pretrain else "unseen" for d in domains},

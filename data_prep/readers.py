@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cprec.errors import DataError
 from data_prep.mapping import need_columns
-from data_prep.sources import PIECE, Field, Reader, broken
+from data_prep.sources import PIECE, Field, Reader, broken, empty
 
 N_QUOTED = 5
 """Malformed lines that are quoted, per file."""
@@ -115,12 +115,14 @@ def malformed_error(label: str, n_malformed: int, n_lines: int, first: Sequence[
 
 def _delimited(file: Any, reader: Reader, label: str, tally: Tally) -> Iterator[pa.Table]:
     head = file.read(PIECE)
+    if not head:
+        raise empty(label)
     first_row = 0
     names = list(reader.names or ())
     if not names:
         header, _, head = head.partition(b"\n")
         names, first_row = _header(header, reader), 1
-    need_columns(reader.fields, names, source=label)
+    need_columns(reader, names, source=label)
     if len(set(names)) < len(names):
         raise DataError(f"{label}: two columns have one name: {', '.join(names)}; rename one")
     head = head or file.read(PIECE)
@@ -206,7 +208,8 @@ def _json(file: Any, reader: Reader, label: str, tally: Tally) -> Iterator[pa.Ta
     for line, block in _blocks(file, label):
         if not types:
             values = _sample(block, json.loads)
-            need_columns(reader.fields if values else (), sorted({key for v in values for key in v}), source=label)
+            if values:
+                need_columns(reader, sorted({key for v in values for key in v}), source=label)
             types = _types(values, reader)
         yield from _json_tables(block, line, types, reader, tally)
 
@@ -248,7 +251,7 @@ def _python(file: Any, reader: Reader, label: str, tally: Tally) -> Iterator[pa.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # "\/" in a literal: kept as it is, as Python does
             if is_first and (values := _sample(block, ast.literal_eval)):
-                need_columns(reader.fields, sorted({key for v in values for key in v}), source=label)
+                need_columns(reader, sorted({key for v in values for key in v}), source=label)
             is_first = False
             yield _by_line(block, line, ast.literal_eval, reader, tally)
 
@@ -258,9 +261,10 @@ READERS: dict[str, Callable[[Any, Reader, str, Tally], Iterator[pa.Table]]] = {
 
 
 def _blocks(file: Any, label: str) -> Iterator[tuple[int, bytes]]:
-    """(number of the first line from 1, whole lines) of the file, a piece at a time."""
-    line, rest = 1, b""
+    """(number of the first line from 1, whole lines) of the file, a piece at a time. DataError when it is empty."""
+    line, rest, n_bytes = 1, b"", 0
     while piece := file.read(PIECE):
+        n_bytes += len(piece)
         head, newline, tail = piece.rpartition(b"\n")
         if not newline:
             rest += piece
@@ -270,6 +274,8 @@ def _blocks(file: Any, label: str) -> Iterator[tuple[int, bytes]]:
         block = b"".join((rest, head, newline))
         yield line, block
         line, rest = line + block.count(b"\n"), tail
+    if not n_bytes:
+        raise empty(label)
     if rest.strip():
         yield line, rest
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import unicodedata
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,6 +189,14 @@ class Split(BaseModel):
     """Events of the chosen domains in each part."""
     hash: str
     """Sha256 of the clock, the regime and every held-out event."""
+
+
+def utc(ms: int) -> str:
+    """The time for people: `2017-03-01 12:00:00`."""
+    try:
+        return f"{datetime.fromtimestamp(ms // 1000, UTC):%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):  # beyond the year 9999: a config may say anything
+        return f"{ms} ms"
 
 
 def title_key(title: str) -> str:

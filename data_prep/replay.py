@@ -34,7 +34,8 @@ def replay_inputs(corpus: Replay) -> list[Input]:
         raise DataError(f"replay {corpus.name}: {odd[0]} is neither Parquet nor JSON lines; use files ending in "
                         f"{', '.join(PARQUET + JSON)}")
     field = Field(name=TEXT, of=(corpus.text,))
-    return [Input(s, Reader(kind="parquet" if s.suffix in PARQUET else "json", fields=(field,))) for s in found]
+    return [Input(s, Reader(kind="parquet" if s.suffix in PARQUET else "json", fields=(field,),
+                            key=f"`text` of replay {corpus.name}")) for s in found]
 
 
 def clean_text(text: str) -> str:
@@ -62,7 +63,7 @@ def replay_texts(files: Sequence[tuple[Path, str]], *, name: str, counts: Counts
     Raises DataError when a file has no such column of text, or cannot be read to its end.
     """
     for path, column in files:
-        for raw in _documents(path, column, n_docs):
+        for raw in _documents(path, column, n_docs, name=name):
             kept = [text for text in (clean_text(t) for t in raw if t is not None) if text]
             counts.add(f"replay {name}: documents read", len(raw))
             counts.add(f"replay {name}: documents dropped: empty", len(raw) - len(kept))
@@ -70,16 +71,16 @@ def replay_texts(files: Sequence[tuple[Path, str]], *, name: str, counts: Counts
                 yield kept
 
 
-def _documents(path: Path, column: str, n_docs: int) -> Iterator[list[str | None]]:
+def _documents(path: Path, column: str, n_docs: int, *, name: str) -> Iterator[list[str | None]]:
     file = pq.ParquetFile(path)
     if column not in file.schema_arrow.names:
         raise DataError(f"{path} has no column {column!r}; its columns: {', '.join(file.schema_arrow.names)}; "
-                        f"correct the replay corpus' `text`")
+                        f"correct `text` of replay {name}")
     kind = file.schema_arrow.field(column).type
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(values) or pa.types.is_large_string(values)):
-        raise DataError(f"{path}: column {column!r} of type {kind} is no text; convert it to strings, or correct the "
-                        f"replay corpus' `text`")
+        raise DataError(f"{path}: column {column!r} of type {kind} is no text; convert it to strings, or correct "
+                        f"`text` of replay {name}")
     try:
         for batch in file.iter_batches(batch_size=n_docs, columns=[column]):
             yield batch[column].to_pylist()

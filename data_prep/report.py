@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from data_prep import pictures
 from data_prep.duplicates import count_duplicates
 from data_prep.engine import Engine, Table
 from data_prep.pictures import Matrix
-from data_prep.records import STAGES, Corpora, Layout, Split, Stamp
+from data_prep.records import STAGES, Corpora, Layout, Split, Stamp, utc
 
 PARTS = ("train", "valid", "test")
 DAY_MS = 86_400_000
@@ -103,7 +102,7 @@ def _domains(engine: Engine, layout: Layout, corpora: Corpora) -> Iterator[str]:
     items = engine.read(layout.items)
     n_items = {r["domain"]: r["n"] for r in engine.rows(items.group_by("domain").agg(n=items.count()))}
     yield "## Domains and the clock\n"
-    yield (f"Training ends before {_time(split.t_valid)}, validation before {_time(split.t_test)} (UTC); events and "
+    yield (f"Training ends before {utc(split.t_valid)}, validation before {utc(split.t_test)} (UTC); events and "
            f"items after cleaning.\n")
     yield from _table(("domain", "use", "items", *(f"events in {p}" for p in PARTS)), (
         (d, "pretrain" if d in corpora.pretrain else "unseen", n_items.get(d, 0), *(events.n(d, p) for p in PARTS))
@@ -213,10 +212,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, str):  # a quoted line of a source may hold anything
         return " ".join(value.split()).replace("|", "\\|")
     return f"{value:,}"
-
-
-def _time(ms: int) -> str:
-    return f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def _picture(layout: Layout, name: str) -> Path:

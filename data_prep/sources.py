@@ -112,6 +112,8 @@ class Reader(BaseModel):
     encoding: str = "utf-8"
     fallback: str | None = None
     """Encoding of a text that is not valid UTF-8; None: what cannot be read in it becomes U+FFFD."""
+    key: str = "the dataset's `columns`"
+    """What in the config names the fields, for messages."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +310,12 @@ def unpacked(stream: Stream, source: Source) -> Any:
 def broken(label: str, e: OSError) -> DataError:
     """The error for a source that cannot be unpacked to its end."""
     return DataError(f"{label}: broken, its compressed data end early or are damaged: {e}; fetch the file again")
+
+
+def empty(label: str) -> DataError:
+    """The error for a source without a byte in it."""
+    return DataError(f"{label} is empty; fetch or write it again, or leave it out (delete it, or name the other files "
+                     f"by a glob)")
 
 
 def first_lines(source: Source, n: int = 1000) -> list[bytes]:

@@ -16,17 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cprec.errors import DataError, raise_all
+from cprec.errors import DataError, n_of, raise_all
 from cprec.format import file_hash, write_atomically
 from cprec.log import get_logger
 from data_prep.engine import Engine, Table, write_parquet
 from data_prep.mapping import chosen
 from data_prep.readers import Malformed, Tally, malformed_error, read_tables, schema_of
 from data_prep.records import Counts
-from data_prep.sources import Input, Reader, stored, unpacked
+from data_prep.sources import Input, Reader, empty, stored, unpacked
 from data_prep.workers import Workers
 
 log = get_logger(__name__)
+
+MOST_SAMPLED = 10
+"""A source whose bytes are all read is looked at wholly unless it has this many times the rows asked for."""
 
 
 class Staged(BaseModel):
@@ -93,7 +96,7 @@ def stage(task: Task) -> Staged:
     """Stage one file. Raises DataError when it cannot be read, or is mostly malformed."""
     standing = read_staged(task)
     if standing is not None and source_hash(task, standing) == standing.hash:
-        log.info("%s: staged earlier, kept", standing.label)
+        log.debug("%s: staged earlier, kept", standing.label)
         return standing
     source, reader = task.input.source, task.input.reader
     version, tally = source.version, Tally()
@@ -140,6 +143,9 @@ def source_hash(task: Task, standing: Staged | None) -> str:
         return file_hash(source.path)
     if standing is not None and standing.version is not None and standing.version == source.version:
         return standing.hash
+    if standing is not None and standing.version is None:
+        log.warning("%s: the server tells no version of it (ETag, Last-Modified), so it is read again to see whether "
+                    "it is the same; a local copy spares that", source.label)
     with stored(source) as stream:
         return stream.hash()
 
@@ -148,21 +154,39 @@ def as_table(engine: Engine, tasks: Sequence[Task]) -> Table:
     """The rows of staged files that are read alike, as one lazy table with our names."""
     reader, label = tasks[0].input.reader, tasks[0].input.source.label
     table = engine.read([t.parquet for t in tasks])
-    return chosen(table, reader.fields, source=label) if reader.kind == "parquet" else table
+    return chosen(table, reader, source=label) if reader.kind == "parquet" else table
 
 
-def sample(task_input: Input, n_rows: int = 1000) -> pa.Table:
-    """The first rows of a text source, under our names, from its first block. Raises DataError as staging would."""
-    source, reader = task_input.source, task_input.reader
-    assert reader.kind != "parquet", "Parquet is looked into as it is"
+@dataclass(frozen=True)
+class Sample:
+    """The beginning of a text source."""
+
+    table: pa.Table
+    is_whole: bool
+    """It was read to its end, and the table has all its rows."""
+    tally: Tally
+
+
+def sample(task_input: Input, n_rows: int = 1000) -> Sample:
+    """The first rows of a text source, under our names, from its first block; all of a source that ends within it.
+    Raises DataError as staging would."""
+    source, reader, tally = task_input.source, task_input.reader, Tally()
     with stored(source) as stream:
-        tables = read_tables(unpacked(stream, source), reader, label=source.label, tally=Tally())
-        found = list(islice(tables, 1))
-    return pa.concat_tables([schema_of(reader).empty_table(), *found]).slice(0, n_rows)
+        tables = read_tables(unpacked(stream, source), reader, label=source.label, tally=tally)
+        found = [*islice(tables, 1)]
+        is_whole = not found
+        while found and stream.n_read >= source.n_bytes and sum(t.num_rows for t in found) < MOST_SAMPLED * n_rows:
+            table = next(tables, None)
+            if table is None:
+                is_whole = True
+                break
+            found.append(table)
+    rows = pa.concat_tables([schema_of(reader).empty_table(), *found])
+    return Sample(rows if is_whole else rows.slice(0, n_rows), is_whole, tally)
 
 
 def count_staged(staged: Sequence[Staged], counts: Counts, *, max_malformed: float) -> None:
-    """Count what was met in each file and quote the first malformed lines, in the log too.
+    """Count what was met in each file and quote the first malformed lines; of each file one in the log too.
 
     Raises one DataError naming every file of whose lines more than `max_malformed` (a share) are malformed.
     """
@@ -179,8 +203,11 @@ def count_staged(staged: Sequence[Staged], counts: Counts, *, max_malformed: flo
                         ("lines inside quoted values, or blank", file.n_inner_lines)):
             if n:
                 counts.add(f"{file.label}: {what}", n)
+        if file.n_malformed:
+            log.warning("%s: %s of %s malformed, set aside; report.md quotes the first %d: %s", file.label,
+                        f"{file.n_malformed:,}", n_of(file.n_lines, "line"), len(file.first_malformed),
+                        file.first_malformed[0])
         for line in file.first_malformed:
-            log.warning("%s: malformed, set aside: %s", file.label, line)
             counts.add(f"{file.label}: malformed {line}", 1)
     raise_all(problems, of="sources", error=DataError)
 
@@ -194,6 +221,8 @@ def _copy(pieces: Iterator[bytes], at: Path) -> None:
 
 
 def _n_rows(path: Path, label: str) -> int:
+    if not path.stat().st_size:
+        raise empty(label)
     try:
         return int(pq.read_metadata(path).num_rows)
     except (pa.ArrowInvalid, OSError) as e:

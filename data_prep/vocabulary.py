@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import string
 from collections.abc import Iterator, Sequence
 
@@ -41,7 +42,13 @@ def train_tokenizer(layout: Layout, *, vocab_size: int, template: Template, corp
     if not titles:
         raise DataError("no item of the pre-training domains has an event in the training window; nothing to train a "
                         "tokenizer on")
-    model = _train([*titles, *_frames(template, len(titles))], vocab_size)
+    try:
+        model = _train([*titles, *_frames(template, len(titles))], vocab_size)
+    except RuntimeError as e:  # SentencePiece's own; of more kinds of characters than pieces it says "512 vs 655"
+        least = re.search(r"required_chars\. \d+ vs (\d+)", str(e))
+        raise DataError(f"tokenizer.train_vocab_size={vocab_size} does not do: "
+                        + (f"each different character of the titles needs a piece; raise it to {least[1]} at the very "
+                           f"least, better to several times as many" if least else str(e))) from None
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     fast = _fast_copy(processor)
     n_lines = _prove_equal(processor, fast, _texts(layout, template))

@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see data_prep/configs/")
     parser.add_argument("--dry-run", action="store_true",
-                        help="check config, sources and columns, say what would be read, run and made, stop")
+                        help="check config, sources, columns and clock, say what would be read, run and made, stop")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings on top of the file")
     args = parser.parse_args()
     config = load_settings(PrepConfig, args.config, args.overrides)

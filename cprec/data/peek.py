@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cprec.errors import DataError, raise_all
+from cprec.errors import DataError, n_of, raise_all
 from cprec.format import ITEM_BITS, MANIFEST, Manifest, PackedCorpus, Row, list_corpora, read_manifest
 from cprec.log import progress
 from cprec.tokenizer import TRAINED, Tokenizer, load_tokenizer
@@ -128,7 +128,7 @@ def show_row(corpus: PackedCorpus, i: int, *, tokenizer: Tokenizer, ink: Ink) ->
     row = corpus[i]
     shard, place = corpus.locate(i)
     lens = row.real_doc_lens
-    yield ink.border(f"row {i} ({shard}, place {place}): {len(lens)} documents, {int(lens.sum()):,} tokens, "
+    yield ink.border(f"row {i} ({shard}, place {place}): {n_of(len(lens), 'document')}, {int(lens.sum()):,} tokens, "
                      f"{row.n_pad} of padding")
     ends = np.cumsum(lens)
     for n, (doc_id, end, n_tokens) in enumerate(zip(row.doc_ids, ends, lens, strict=True)):
@@ -136,7 +136,7 @@ def show_row(corpus: PackedCorpus, i: int, *, tokenizer: Tokenizer, ink: Ink) ->
         history, first = divmod(int(doc_id), 1 << ITEM_BITS)
         origin = (f"history {history} from item {first}" if corpus.manifest.template else
                   f"text {history}, piece {first}")
-        yield ink.border(f"──── document {n}: {origin}, {n_tokens} tokens {'─' * 20}")
+        yield ink.border(f"──── document {n}: {origin}, {n_of(n_tokens, 'token')} {'─' * 20}")
         yield "".join(_document_text(row, inside, n, tokenizer=tokenizer, ink=ink)).removesuffix("\n")
     if row.n_pad:
         yield ink.border(f"──── padding: {row.n_pad} times id {row.input_ids[-1]} {'─' * 20}")
@@ -251,4 +251,4 @@ def verify(folders: Sequence[Path]) -> str:
             problems.append(str(e))
     raise_all(problems, of="packed data", error=DataError)
     n_bytes = sum(info.bytes for _, info in shards)
-    return f"verified: {len(shards):,} shards, {n_bytes:,} bytes, each as its manifest says"
+    return f"verified: {n_of(len(shards), 'shard')}, {n_bytes:,} bytes, each as its manifest says"

@@ -14,13 +14,13 @@ import re
 from collections import Counter
 from pathlib import PurePosixPath
 
-from cprec.errors import DataError
+from cprec.errors import ConfigError, DataError
 from cprec.log import get_logger
 from data_prep.config import Dataset
 from data_prep.engine import Table
 from data_prep.mapping import event_fields, item_fields, map_interactions, map_items
 from data_prep.records import Counts
-from data_prep.sources import DELIMITED, JSON, Input, Inputs, Reader, Source, find, first_lines
+from data_prep.sources import DELIMITED, JSON, Input, Inputs, Reader, Source, empty, find, first_lines
 
 log = get_logger(__name__)
 
@@ -31,7 +31,8 @@ ITEM_ID = re.compile(r"B[0-9A-Z]{9}|[0-9]{9}[0-9X]")
 
 
 def inputs(dataset: Dataset) -> Inputs:
-    """The files it reads, and how: looks into each for what it is. Raises DataError when one is missing or unclear."""
+    """The files it reads, and how: looks into each for what it is. Raises DataError when one is missing, empty or
+    unclear, ConfigError for a `layout` where the files say theirs."""
     if dataset.items is None:
         raise DataError(f"dataset {dataset.path}: the amazon parser needs `items`, the metadata with the titles")
     if dataset.domain is None:
@@ -53,13 +54,24 @@ def _events_reader(source: Source, dataset: Dataset) -> Reader:
     fields = event_fields(dataset.columns, user_id=("user_id", "reviewerID"), item_id=("parent_asin", "asin"),
                           timestamp=("timestamp", "unixReviewTime", "sort_timestamp"), rating=("rating", "overall"))
     if source.suffix not in DELIMITED:
+        _refuse_layout(source, dataset, "JSON lines, which name their fields")
         return Reader(kind="json", fields=fields)
-    rows = [row for row in csv.reader(line.decode(errors="replace") for line in first_lines(source)) if row]
+    lines = first_lines(source)
+    if not lines:
+        raise empty(source.label)
+    rows = [row for row in csv.reader(line.decode(errors="replace") for line in lines) if row]
     if rows and not _is_number(rows[0][-1]) and "timestamp" in [c.strip() for c in rows[0]]:
+        _refuse_layout(source, dataset, "a table whose header names its columns")
         return Reader(kind="delimited", fields=fields, quote='"')
     layout = _layout_of(rows, source) if dataset.layout == "auto" else dataset.layout
     log.info("%s: read as %s", source.label, ", ".join(LAYOUTS[layout]))
     return Reader(kind="delimited", fields=event_fields(dataset.columns), names=LAYOUTS[layout])
+
+
+def _refuse_layout(source: Source, dataset: Dataset, what: str) -> None:
+    if dataset.layout != "auto":
+        raise ConfigError(f"dataset {dataset.path}: layout={dataset.layout} is of ratings without a header, but "
+                          f"{source.label} is {what}; remove it")
 
 
 def _layout_of(rows: list[list[str]], source: Source) -> str:
@@ -70,7 +82,7 @@ def _layout_of(rows: list[list[str]], source: Source) -> str:
             is_item = [ITEM_ID.fullmatch(c.strip()) is not None for c in row[:2]]
             votes["item_user" if is_item == [True, False] else "user_item" if is_item == [False, True] else "?"] += 1
     if len(votes) != 1 or "?" in votes:
-        shown = f"; its first line: {','.join(rows[0])}" if rows else ", it is empty"
+        shown = f"; its first line: {','.join(rows[0])}" if rows else ""
         raise DataError(f"{source.label}: it is not clear which column of these ratings holds users and which items"
                         f"{shown}; set the dataset's `layout` to user_item or item_user, or give other files")
     return next(iter(votes))
@@ -79,7 +91,10 @@ def _layout_of(rows: list[list[str]], source: Source) -> str:
 def _items_reader(source: Source, dataset: Dataset) -> Reader:
     fields = item_fields(dataset.columns, item_id=("parent_asin", "asin"), brand=("brand", "store"),
                          category=("category", "categories", "main_category"))
-    for line in first_lines(source):
+    lines = first_lines(source)
+    if not lines:
+        raise empty(source.label)
+    for line in lines:
         for kind, parse_line in (("json", json.loads), ("python", ast.literal_eval)):
             try:
                 if isinstance(parse_line(line.decode()), dict):

@@ -26,7 +26,8 @@ FLOORS = [
     "cprec.train.engine cprec.train.checkpoint cprec.eval.run cprec.eval.report "
     "data_prep.parsers.registry data_prep.staging data_prep.proof",
     "cprec.train.loop cprec.train.branch cprec.train.export data_prep.ingest data_prep.audit",
-    "data_prep.pipeline data_prep.estimate",
+    "data_prep.pipeline data_prep.look",
+    "data_prep.estimate",
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}
 SHARED_WITH_DATA_PREP = {"cprec.errors", "cprec.log", "cprec.format", "cprec.settings", "cprec.tokenizer",

@@ -27,7 +27,7 @@ from data_prep.mapping import chosen
 from data_prep.parsers.registry import PARSERS
 from data_prep.pipeline import prepare
 from data_prep.records import Counts
-from data_prep.sources import Field
+from data_prep.sources import Field, Reader
 from data_prep.staging import tasks_of
 
 Connect = Callable[[Path], Engine]
@@ -140,7 +140,8 @@ def test_texts_of_parquet_follow_the_rules_of_text_files(engine: Engine, tmp_pat
     fields = (Field(name="id", of=("text",)), Field(name="a", of=("one",), kind="path"),
               Field(name="b", of=("more",), kind="path"),
               Field(name="coarse", of=("one", "text"), kind="path"))
-    found = engine.rows(chosen(engine.read(tmp_path / "in.parquet"), fields, source="in"))
+    reader = Reader(kind="parquet", fields=fields)
+    found = engine.rows(chosen(engine.read(tmp_path / "in.parquet"), reader, source="in"))
     assert sorted((r["id"] or "", r["a"], r["b"]) for r in found) == sorted(
         (r[0] or "", r[3], r[3]) for r in rows)
     assert "" not in {r["id"] for r in found} and {r["coarse"] for r in found} == {None, "A > B", "A", "y"}

@@ -84,7 +84,7 @@ def test_amazon_ratings_whose_columns_are_not_clear_are_refused_until_the_config
     values = {"parser": "amazon", "domain": "d", "path": str(tmp_path / "ratings.csv"),
               "items": str(tmp_path / "meta.json")}
     (tmp_path / "meta.json").write_text(json_lines(META_2018))
-    for text in ("u1,i1,4.0,1252800000\n", CSV_2014 + CSV_2018, "B000000001,B000000002,1,2\n", ""):
+    for text in ("u1,i1,4.0,1252800000\n", CSV_2014 + CSV_2018, "B000000001,B000000002,1,2\n"):
         (tmp_path / "ratings.csv").write_text(text)
         with pytest.raises(DataError, match=r"ratings\.csv: it is not clear which column .*`layout` to user_item"):
             parse(tmp_path, **values)

@@ -105,7 +105,7 @@ def test_a_text_keeps_its_lines_and_letters(raw_text: str, text: str) -> None:
 
 def test_replay_without_its_column_is_an_error_that_names_the_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"no column 'text'; its columns: body, n; correct the replay corpus' `text`"):
+    with pytest.raises(DataError, match=r"no column 'text'; its columns: body, n; correct `text` of replay a"):
         list(replay_texts([(tmp_path / "a.parquet", "text")], name="a", counts=Counts("ingest")))
 
 

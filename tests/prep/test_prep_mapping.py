@@ -15,6 +15,7 @@ from cprec.errors import DataError
 from data_prep.config import Columns
 from data_prep.mapping import chosen, event_fields, map_interactions
 from data_prep.records import Counts
+from data_prep.sources import Reader
 
 
 def mapped(folder: Path, column: str, values: pa.Array) -> list[Any]:
@@ -23,7 +24,8 @@ def mapped(folder: Path, column: str, values: pa.Array) -> list[Any]:
     source = {"user_id": ["u"] * n, "item_id": ["i"] * n, "timestamp": [5] * n, "rating": [1.0] * n} | {column: values}
     pq.write_table(pa.table(source), folder / "source.parquet")
     engine = shops.engine(folder)
-    events = chosen(engine.read(folder / "source.parquet"), event_fields(Columns()), source="source")
+    reader = Reader(kind="parquet", fields=event_fields(Columns()))
+    events = chosen(engine.read(folder / "source.parquet"), reader, source="source")
     rows = engine.rows(map_interactions(events, unit="ms", source="source", domain="books", counts=Counts("ingest")))
     engine.close()
     return [row["ts_ms" if column == "timestamp" else column] for row in rows]

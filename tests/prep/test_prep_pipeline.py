@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shops
@@ -179,8 +181,11 @@ def test_plain_text_is_packed_whole_beside_the_histories(
     manifest = corpus.manifest
     assert manifest.kind == "train" and manifest.template is None and len(packed) > 3
     assert manifest.audit is not None and manifest.audit.passed
-    counts = json.loads((tmp_path / "out" / "report.json").read_text())["ingest"]
-    assert counts["replay notes: documents dropped: empty"] == 1
+    counts = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert counts["ingest"]["replay notes: documents dropped: empty"] == 1
+    said = {what for what in counts["pack"] if what.startswith("replay/notes: ")}
+    assert said == {f"replay/notes: {what}" for what in ("pieces of text", "rows", "tokens", "padding")}
+    assert counts["pack"]["replay/notes: pieces of text"] == len(packed)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -230,6 +235,46 @@ def test_data_that_a_killed_run_packed_again_is_audited_by_the_next_one(
     assert shops.bytes_below(copy_of_prepared) == shops.bytes_below(prepared)
 
 
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_lost_and_an_altered_shard_are_mended_by_what_their_message_says(
+        copy_of_prepared: Path, raw: Path, prepared: Path, caplog: pytest.LogCaptureFixture, is_lost: bool) -> None:
+    values = shops.config_values(raw, copy_of_prepared)
+    shard = copy_of_prepared / "packed" / "mixed" / "shard-00000-000.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    if is_lost:
+        shard.unlink()
+    with pytest.raises(DataError, match=r"shard .*shard-00000-000.arrow .*run launch/prepare.py again, which makes"):
+        PackedCorpus(copy_of_prepared / "packed" / "mixed").verify()
+    shard.unlink(missing_ok=True)  # "delete it", says the message of the altered one
+    prepare(shops.config(values))
+    assert shops.bytes_below(copy_of_prepared) == shops.bytes_below(prepared)
+    assert "stage pack: packed/mixed/shard-00000-000.arrow is missing or of another size, made anew" in caplog.messages
+
+
+def test_a_history_that_names_an_item_beyond_the_catalogue_is_told_with_its_file(
+        copy_of_prepared: Path, raw: Path, prepared: Path) -> None:
+    values = shops.config_values(raw, copy_of_prepared)
+    histories = copy_of_prepared / "histories" / "mixed.parquet"
+    for odd in (-1, 10**6):
+        table = pq.read_table(prepared / "histories" / "mixed.parquet")
+        items = table["items"].to_pylist()
+        items[3][1] = odd
+        field = table.schema.get_field_index("items")
+        pq.write_table(table.set_column(field, "items", pa.array(items, pa.list_(pa.int32()))), histories)
+        shutil.rmtree(copy_of_prepared / "packed" / "mixed")
+        stamp = copy_of_prepared / "stages" / "sequences.json"
+        said = json.loads(stamp.read_text())
+        said["outputs"]["histories/mixed.parquet"] = histories.stat().st_size  # the size alone would give it away
+        stamp.write_text(json.dumps(said))
+        with pytest.raises(DataError, match=f"histories/mixed.parquet names item {odd}, the catalogue has items 0 to"):
+            prepare(shops.config(values))
+    histories.unlink()
+    prepare(shops.config(values))
+    assert shops.bytes_below(copy_of_prepared) == shops.bytes_below(prepared)
+
+
 def test_a_manifest_of_another_plan_does_not_outlive_its_shards(
         copy_of_prepared: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copy_of_prepared / "stages" / "pack.json").unlink()
@@ -248,9 +293,60 @@ def test_a_manifest_of_another_plan_does_not_outlive_its_shards(
 def test_a_folder_prepared_otherwise_is_refused_and_left_alone(copy_of_prepared: Path, raw: Path) -> None:
     before = shops.bytes_below(copy_of_prepared)
     values = shops.config_values(raw, copy_of_prepared) | {"seed": 18}
-    with pytest.raises(DataError, match=r"stage clean there was prepared otherwise(.|\n)*seed: 17 there, 18 now"):
+    with pytest.raises(ConfigError, match=r"was prepared otherwise(.|\n)*stage clean: seed: 17 there, 18 now"):
         prepare(shops.config(values))
     assert shops.bytes_below(copy_of_prepared) == before
+
+
+def test_the_way_out_of_a_folder_prepared_otherwise_removes_just_what_depends_on_the_changes(
+        copy_of_prepared: Path, raw: Path, tmp_path: Path) -> None:
+    values = shops.config_values(raw, copy_of_prepared)
+    values["domains"] = {"pretrain": ["books", "toys"], "unseen": ["garden"]}  # games is learned from no more
+    values["queries"]["max_per_domain"] = 10
+    with pytest.raises(ConfigError) as e:
+        prepare(shops.config(values))
+    said = str(e.value)
+    assert "stage clean: domains.pretrain: ['books', 'games', 'toys'] there, ['books', 'toys'] now" in said
+    assert "stage queries: queries.max_per_domain: 20 there, 10 now" in said
+    assert "have stages clean, split, sequences, vocabulary, encode, pack, queries, audit made anew" in said
+    assert "(kept: ingest)" in said
+    command = said.splitlines()[-1].strip()
+    assert command.startswith("rm -r ")
+    ingested = (copy_of_prepared / "interactions" / "ingested.parquet").stat().st_mtime_ns
+    subprocess.run(command, shell=True, check=True)
+    prepare(shops.config(values))
+    assert (copy_of_prepared / "interactions" / "ingested.parquet").stat().st_mtime_ns == ingested
+    prepare(shops.config(values | {"out": str(tmp_path / "fresh")}))
+    assert shops.bytes_below(copy_of_prepared) == shops.bytes_below(tmp_path / "fresh")
+
+
+def test_a_change_of_packing_alone_names_packing_and_the_audit(copy_of_prepared: Path, raw: Path) -> None:
+    values = shops.config_values(raw, copy_of_prepared)
+    values["pack"]["seq_len"] = 512
+    with pytest.raises(ConfigError, match=r"stage pack: pack.seq_len: 256 there, 512 now\n.*have stages pack, audit m"):
+        prepare(shops.config(values))
+
+
+def test_a_rerun_of_what_is_finished_says_a_line_per_stage_and_writes_nothing(
+        copy_of_prepared: Path, raw: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = shops.config_values(raw, copy_of_prepared) | {"workers": 2}
+    (copy_of_prepared / "config.yaml").write_text("as it was")
+    with caplog.at_level("INFO"):
+        prepare(shops.config(values))
+    assert (copy_of_prepared / "config.yaml").read_text() == "as it was"
+    said = [r.getMessage() for r in caplog.records]
+    assert said[:len(STAGES)] == [f"stage {name}: finished earlier, kept" for name in STAGES]
+
+
+def test_a_stage_says_one_line_of_what_it_counted(
+        values: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        prepare(shops.config(values))
+    said = [r.getMessage() for r in caplog.records]
+    assert [s.partition(":")[0] for s in said if s.startswith("stage ")] == [f"stage {name}" for name in STAGES]
+    assert any(re.fullmatch(r"stage clean: done in [0-9.]+ s, [0-9,]+ events kept, [0-9,]+ items kept", s)
+               for s in said)
+    assert len(said) < 30
 
 
 def test_a_changed_source_is_noticed(raw: Path, copy_of_prepared: Path, tmp_path: Path) -> None:
@@ -259,14 +355,14 @@ def test_a_changed_source_is_noticed(raw: Path, copy_of_prepared: Path, tmp_path
     pq.write_table(table.slice(1), moved)
     values = shops.config_values(raw, copy_of_prepared)
     values["datasets"][2]["path"] = str(moved)
-    with pytest.raises(DataError, match=r"stage ingest there was prepared otherwise(.|\n)*toys.parquet"):
+    with pytest.raises(ConfigError, match=r"was prepared otherwise(.|\n)*stage ingest: .*toys.parquet"):
         prepare(shops.config(values))
 
 
 def test_a_folder_of_something_else_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match="not empty and is no prepared folder"):
+    with pytest.raises(ConfigError, match="not empty and is no prepared folder"):
         prepare(shops.config(values))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
@@ -276,7 +372,7 @@ def test_a_refused_folder_keeps_its_own_folder_named_spill(values: dict[str, Any
         (tmp_path / "out" / name).mkdir(parents=True)
         (tmp_path / "out" / name / "thesis.txt").write_text("mine")
     before = shops.bytes_below(tmp_path / "out")
-    with pytest.raises(DataError, match="not empty and is no prepared folder"):
+    with pytest.raises(ConfigError, match="not empty and is no prepared folder"):
         prepare(shops.config(values))
     assert shops.bytes_below(tmp_path / "out") == before and len(before) == 2
 

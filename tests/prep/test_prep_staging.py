@@ -211,7 +211,7 @@ def test_an_encoding_may_be_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "data", "reader", "message"), [
     ("a.csv", b"usr,item,t\n", CSV, r"a\.csv has no column 'user' or 'reviewer' \(for user_id\); did you mean 'usr'"),
-    ("a.csv", b"", CSV, r"a\.csv has no column 'user'"),
+    ("a.csv", b"", CSV, r"a\.csv is empty"),
     ("a.csv", b"user,item,t,user\n", CSV, "two columns have one name"),
     ("a.json", b'{"user": "u", "itm": 1, "t": 1}\n', JSON, r"a\.json has no column 'item'.*did you mean 'itm'"),
     ("a.json", b"{'user': 'u'}\n" * 9, JSON, r"a\.json: 9 of 9 lines read are malformed \(100\.00%\)"),
@@ -371,7 +371,9 @@ def test_parquet_at_a_url_is_copied_whole_and_local_parquet_is_left_where_it_is(
     assert stage(task).hash == stamp.hash and task.parquet == tmp_path / "x.parquet" and not task.at.exists()
 
 
-def test_a_sample_is_the_first_rows_under_our_names(tmp_path: Path) -> None:
+def test_a_sample_is_the_first_rows_under_our_names_or_all_of_a_short_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"user": "u", "item": "x", "t": 5}\n' * 30)
     found = sample(Input(find(str(tmp_path / "a.json"))[0], JSON), n_rows=7)
-    assert found.to_pylist() == [ROW] * 7
+    assert found.table.to_pylist() == [ROW] * 30 and found.is_whole and found.tally.n_lines == 30
+    found = sample(Input(find(str(tmp_path / "a.json"))[0], JSON), n_rows=3)  # ten times as many: not looked at wholly
+    assert found.table.to_pylist() == [ROW] * 3 and not found.is_whole
