@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -88,19 +88,32 @@ class MixConfig(Settings):
 class DataConfig(Settings):
     """What is read."""
 
-    packed: str
-    """Folder of packed corpora, as `launch/prepare.py` left it; or its URL (`s3://bucket/prepared/packed`)."""
+    packed: str | list[str]
+    """Folder of packed corpora, as `launch/prepare.py` left it, or its URL (`s3://bucket/prepared/packed`); or several,
+    of which only one may have a corpus of a name."""
     cache_dir: str = "~/.cache/cprec/shards"
     """Where shards from a URL are kept: a local disk of each machine, which all its ranks share."""
     cache_gb: PositiveFloat = 100.0
     """Most that `cache_dir` may take, in 10^9 bytes; the least recently opened shards go first."""
     mix: MixConfig = MixConfig()
+    max_epochs: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field({})
+    """How often the whole run may read a corpus: name or pattern -> epochs (fractions too); others as often as the
+    mixture says. An exact name beats a pattern."""
+    when_dry: Literal["error", "redistribute"] = "error"
+    """What follows when a corpus has reached its `max_epochs`: the run does not start, or the others take its share."""
     seed: int = 0
     """Decides the order of the rows."""
     verify: Literal["open", "full"] = "full"
     """`open`: sizes of all shards; `full`: also their hashes, before the first step, shared out over the ranks."""
     allow_unaudited: bool = False
-    """Train on corpora whose leak audit is missing or failed."""
+    """Train on corpora whose leak audit is missing or failed, or that were split by different clocks."""
+
+    @field_validator("packed", mode="before")
+    @classmethod
+    def _names_folders(cls, value: Any) -> Any:
+        if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
+            return value
+        raise ValueError("give a folder of packed corpora, or a list of them")
 
 
 class BatchConfig(Settings):

@@ -2,6 +2,7 @@
 
     deepspeed launch/anneal.py --from runs/base --steps 1000 --shape sqrt
     deepspeed launch/anneal.py --from runs/base@20000 --share 0.1 --shape linear --mix mixed=1 --run-dir runs/mixed
+    deepspeed launch/anneal.py --from runs/base --steps 500 --data prepared/new/packed --mix mixed=1 --mix 'new/*=2'
 
 `--from`: RUN (its newest stable checkpoint), RUN@STEP, or a checkpoint folder. The same command again goes on from
 where the branch stands. Exit codes as in launch/pretrain.py.
@@ -29,7 +30,7 @@ def main() -> int:
     dist.init()
     found = dist.gather_texts([str(find_parent(args.source).folder)])[0]  # a trunk that trains on may have moved
     config = branch_config(find_parent(found), length=length, shape=args.shape, run_dir=args.run_dir,
-                           final_lr_ratio=args.final_lr_ratio, mix=_mix(args.mix))
+                           final_lr_ratio=args.final_lr_ratio, mix=_mix(args.mix), data=args.data)
     return run(config, dry_run=args.dry_run, planned_world_size=args.world_size)
 
 
@@ -44,6 +45,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--final-lr-ratio", type=float, default=0.1, help="last rate as a share of the stable one")
     parser.add_argument("--mix", action="append", default=[], metavar="CORPUS=WEIGHT",
                         help="weight of a corpus or pattern in the annealing; default: the trunk's weights")
+    parser.add_argument("--data", action="append", default=[], metavar="FOLDER",
+                        help="packed corpora that the annealing reads besides the trunk's; give them a weight by --mix")
     parser.add_argument("--run-dir", help="folder of the branch; default: the trunk's with -SHAPE-STEPS")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its plan, start nothing")
     parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")

@@ -1,11 +1,16 @@
-"""Look into packed data: rows as text with document borders, the manifest, lengths and fill, hashes.
+"""Look into packed data: rows as text with document borders, manifests, lengths, hashes; and into a run's steps.
 
     python launch/peek.py prepared/complete_journey/packed              # all corpora in a table
     python launch/peek.py prepared/complete_journey/packed/mixed        # one: its manifest, its lengths
     python launch/peek.py prepared/complete_journey/packed/mixed --row 0
     python launch/peek.py prepared/complete_journey/packed --verify     # every shard's hash; exit code 3 if one differs
+    python launch/peek.py runs/base --step 8123 --rank 5                # rows, documents, domains of a step
 
-reads: packed corpora, and for --row the tokenizer that their manifest names. writes: nothing.
+--step N is the step that makes the run's step count N, as `metrics.jsonl` and checkpoints count: the first step is 1.
+It need not have been run yet. RUN is a run folder, with its config.yaml.
+
+reads: packed corpora; for --row the tokenizer that their manifest names; for --step a run's config.yaml and data.json.
+writes: nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from cprec import cli
 from cprec.data import peek
@@ -23,14 +29,23 @@ from cprec.data import peek
 def main() -> None:
     """Read the command line and print what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("packed", metavar="PACKED", help="folder of a packed corpus, or of several")
+    parser.add_argument("packed", metavar="PACKED|RUN",
+                        help="folder of a packed corpus or of several; with --step, of a run")
     parser.add_argument("--row", type=int, metavar="N", help="show row N as text")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the one that the manifest names")
     parser.add_argument("--lengths", action="store_true", help="only the histograms of lengths and fill")
     parser.add_argument("--verify", action="store_true", help="compare every shard's hash with the manifest's")
+    parser.add_argument("--step", type=int, metavar="N", help="show what the step reads that makes RUN's step count N")
+    parser.add_argument("--rank", type=int, metavar="R", help="with --step: only what this rank reads")
+    parser.add_argument("--world-size", type=int, metavar="W",
+                        help="with --step: dealt to so many ranks; default: those of the newest checkpoint, else 1")
     args = parser.parse_args()
+    if args.step is None and (args.rank, args.world_size) != (None, None):
+        parser.error("--rank and --world-size belong to --step")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    if args.verify:
+    if args.step is not None:
+        show(show_step(args.packed, args.step, rank=args.rank, world_size=args.world_size))
+    elif args.verify:
         print(peek.verify(peek.find_corpora(args.packed)))
     elif args.row is not None:
         corpus = peek.one_corpus(args.packed)
@@ -44,6 +59,12 @@ def main() -> None:
         corpus = peek.one_corpus(folders[0])
         show(peek.show_manifest(corpus.manifest))
         show(peek.show_lengths(corpus))
+
+
+def show_step(run: str, step: int, *, rank: int | None, world_size: int | None) -> Iterator[str]:
+    from cprec.train import steps  # brings torch in, which the rest can do without
+
+    return steps.show_step(steps.open_run(Path(run), step=step, world_size=world_size), step, rank=rank)
 
 
 def show(lines: Iterator[str]) -> None:

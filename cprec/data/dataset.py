@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,11 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from cprec.data.collate import Batch, Memory, collate
-from cprec.data.remote import ShardCache, open_corpus, read_manifests
+from cprec.data.corpora import Packed, check_alike, find_corpora, manifests_of
+from cprec.data.remote import ShardCache, open_corpus
 from cprec.data.sampler import Phase, Position, Sampler, quotas_of, resolve_mix
 from cprec.errors import ConfigError, DataError
-from cprec.format import FACTS, Manifest, PackedCorpus
-from cprec.storage import is_url
+from cprec.format import FACTS, PackedCorpus
 
 Ints = npt.NDArray[np.int64]
 _BLOCK_ROWS = 4096
@@ -76,15 +75,16 @@ class PackedDataset(IterableDataset[Batch]):
     """Rows of several packed corpora in the order of a `Sampler`, dealt to the ranks of a run step by step.
 
     Iterating gives this rank's micro-batches without end, from where `load_state_dict` put it; in a DataLoader with
-    workers each takes its turn, so that the order is the same with any number of them.
+    workers each takes its turn, so that the order is the same with any number of them. A corpus may be None: a branch
+    counts on from corpora of its trunk that it no longer reads.
     """
 
-    def __init__(self, corpora: Sequence[PackedCorpus], sampler: Sampler, *, global_batch_size: int,
+    def __init__(self, corpora: Sequence[PackedCorpus | None], sampler: Sampler, *, global_batch_size: int,
                  micro_batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         if global_batch_size % (micro_batch_size * world_size):
             raise ConfigError(f"global_batch_size={global_batch_size} does not divide by micro_batch_size="
                               f"{micro_batch_size} x world_size={world_size}; choose a multiple")
-        assert [len(c) for c in corpora] == [*sampler.sizes], "the sampler is of other corpora"
+        assert all(c is None or len(c) == size for c, size in zip(corpora, sampler.sizes, strict=True))
         self.corpora = list(corpora)
         self.sampler = sampler
         self.global_batch_size = global_batch_size
@@ -94,21 +94,22 @@ class PackedDataset(IterableDataset[Batch]):
         self._next = 0  # of this rank's micro-batches since the beginning
 
     @classmethod
-    def open(cls, packed: str | Path, *, global_batch_size: int, micro_batch_size: int | None = None,
+    def open(cls, packed: Packed, *, global_batch_size: int, micro_batch_size: int | None = None,
              mix: Mapping[str, float] | None = None, seed: int = 0, rank: int = 0,
              world_size: int = 1, cache: ShardCache | None = None) -> PackedDataset:
         """The training corpora below `packed` under one mixture (`resolve_mix`; default: in proportion to size).
 
         `micro_batch_size` defaults to all of a rank's rows; a URL needs a `cache`. Raises ConfigError or DataError.
         """
-        manifests = open_manifests(packed, "train", cache)
+        places = find_corpora(packed, cache)
+        manifests = manifests_of(places, "train", packed, cache)
         check_alike(manifests, packed)
         weights = resolve_mix(mix, {name: m.n_tokens for name, m in manifests.items()}, field="mix")
         sampler = Sampler(tuple(manifests), tuple(m.n_rows for m in manifests.values()),
                           (Phase(0, quotas_of(list(weights.values()))),), seed)
-        return cls([open_corpus(packed, name, cache, at_random=True) for name in manifests], sampler,
-                   global_batch_size=global_batch_size, rank=rank, world_size=world_size,
-                   micro_batch_size=micro_batch_size or max(global_batch_size // world_size, 1))
+        return cls(open_corpora(sampler, places, cache), sampler, global_batch_size=global_batch_size,
+                   micro_batch_size=micro_batch_size or max(global_batch_size // world_size, 1),
+                   rank=rank, world_size=world_size)
 
     @property
     def grad_accum_steps(self) -> int:
@@ -121,7 +122,7 @@ class PackedDataset(IterableDataset[Batch]):
         facts = np.empty(self.global_batch_size, dtype=FACTS)
         for c in np.unique(at.corpus).tolist():
             here = at.corpus == c
-            facts[here] = self.corpora[c].facts(at.row[here])
+            facts[here] = self.corpus(c).facts(at.row[here])
         dealt = deal(facts["cost"], world_size=self.world_size, micro_batch_size=self.micro_batch_size)
         cost, n_labels, n_pad = (facts[name].astype(np.int64) for name in ("cost", "n_labels", "n_pad"))
         return StepRows(at.corpus, at.row, cost, n_labels, n_pad, dealt)
@@ -187,7 +188,7 @@ class PackedDataset(IterableDataset[Batch]):
         rows = self.step_rows(step)
         named = []
         for c, r in zip(rows.corpus.tolist(), rows.row.tolist(), strict=True):
-            shard, place = self.corpora[c].locate(r)
+            shard, place = self.corpus(c).locate(r)
             named.append(f"{self.sampler.names[c]} row {r} ({shard}:{place})")
         return sorted(named)
 
@@ -196,16 +197,29 @@ class PackedDataset(IterableDataset[Batch]):
         rows = self.step_rows(step)
         mine = rows.dealt[:, :, self.rank].reshape(-1)
         for c, r in zip(rows.corpus[mine].tolist(), rows.row[mine].tolist(), strict=True):
-            self.corpora[c].will_need(r)
+            self.corpus(c).will_need(r)
 
     def _collate(self, rows: StepRows, micro_step: int) -> Batch:
         mine = rows.dealt[micro_step, :, self.rank]
         corpus = rows.corpus[mine].tolist()
-        read = [self.corpora[c][r] for c, r in zip(corpus, rows.row[mine].tolist(), strict=True)]
+        read = [self.corpus(c)[r] for c, r in zip(corpus, rows.row[mine].tolist(), strict=True)]
         return collate(read, corpus, self._memory if get_worker_info() is None else None)
+
+    def corpus(self, number: int) -> PackedCorpus:
+        """The corpus of that number in the sampler. Raises DataError when a branch has it no more."""
+        corpus = self.corpora[number]
+        if corpus is None:
+            raise DataError(f"rows of corpus {self.sampler.names[number]} are to be read, and no folder of data.packed "
+                            f"has that corpus; add its folder, or give it no weight")
+        return corpus
 
     def _order(self) -> str:
         return hashlib.blake2b(repr(self.sampler).encode(), digest_size=16).hexdigest()
+
+
+def open_corpora(sampler: Sampler, places: Mapping[str, str], cache: ShardCache | None) -> list[PackedCorpus | None]:
+    """The sampler's corpora, opened for reading in its order; None for one that has no place."""
+    return [open_corpus(places[name], cache, at_random=True) if name in places else None for name in sampler.names]
 
 
 def _positions(sampler: Sampler, step: int, global_batch_size: int) -> Position:
@@ -219,30 +233,3 @@ def _positions(sampler: Sampler, step: int, global_batch_size: int) -> Position:
 @lru_cache(maxsize=4)
 def _block(sampler: Sampler, start: int, n: int) -> Position:
     return sampler.rows(start, n)
-
-
-def open_manifests(packed: str | Path, kind: str, cache: ShardCache | None = None) -> dict[str, Manifest]:
-    """Manifests of the finished corpora of `kind` ("train" or "valid") below `packed`, by name.
-
-    Raises DataError when there is none.
-    """
-    if not is_url(str(packed)) and not Path(packed).is_dir():
-        raise DataError(f"data.packed={packed}: no such folder; run launch/prepare.py first")
-    chosen = {name: m for name, m in read_manifests(packed, cache).items() if m.kind == kind and m.n_rows > 0}
-    if not chosen:
-        raise DataError(f"data.packed={packed}: no finished {kind} corpus below it; run launch/prepare.py to its end")
-    return chosen
-
-
-def check_alike(manifests: dict[str, Manifest], packed: str | Path) -> None:
-    """Raise DataError when corpora that serve one run disagree about seq_len, split, template or tokenizer; plain text
-    has no template to disagree about."""
-    first_name, first = next(((name, m) for name, m in manifests.items() if m.template), next(iter(manifests.items())))
-    for name, m in manifests.items():
-        for field in ("seq_len", "split_hash", "template_hash"):
-            if getattr(m, field) != getattr(first, field) and not (field == "template_hash" and m.template is None):
-                raise DataError(f"{packed}: corpora {first_name} and {name} differ in {field} ({getattr(first, field)} "
-                                f"and {getattr(m, field)}); prepare them together")
-        if m.tokenizer.fingerprint != first.tokenizer.fingerprint:
-            raise DataError(f"{packed}: corpora {first_name} and {name} were packed with different tokenizers "
-                            f"({first.tokenizer.name}, {m.tokenizer.name}); prepare them together")

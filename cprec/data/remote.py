@@ -37,7 +37,6 @@ from cprec.format import (
     PackedCorpus,
     ShardInfo,
     file_hash,
-    list_corpora,
     read_manifest,
     replace_durably,
     write_atomically,
@@ -205,34 +204,37 @@ class ShardCache:
                          f"set data.cache_gb to what the disk has")
 
 
-def open_corpus(packed: str | os.PathLike[str], name: str, cache: ShardCache | None, *,
+def open_corpus(place: str | os.PathLike[str], cache: ShardCache | None = None, *,
                 at_random: bool = False) -> PackedCorpus:
-    """The corpus `name` of a packed folder, or of one at a URL, whose shards then come through `cache` as they are
-    first read. Raises DataError."""
-    if not is_url(str(packed)):
-        return PackedCorpus(Path(packed) / name, at_random=at_random)
-    assert cache is not None, "a URL needs a cache"
-    url = _join(str(packed), name)
-    return PackedCorpus(cache.manifest_folder(url), fetch=functools.partial(cache.fetch, url), at_random=at_random)
+    """The corpus in a folder, or at a URL, whose files then come through `cache` as they are first read.
+
+    Raises DataError.
+    """
+    if not is_url(str(place)):
+        return PackedCorpus(place, at_random=at_random)
+    url = str(place)
+    held = _needed(cache)
+    return PackedCorpus(held.manifest_folder(url), fetch=functools.partial(held.fetch, url), at_random=at_random)
 
 
-def read_manifests(packed: str | os.PathLike[str], cache: ShardCache | None) -> dict[str, Manifest]:
-    """Manifests of all finished corpora of a packed folder, or of one at a URL, by name. Raises DataError."""
-    if not is_url(str(packed)):
-        return {name: read_manifest(Path(packed) / name) for name in list_corpora(packed)}
-    assert cache is not None, "a URL needs a cache"
-    url = str(packed)
-    return {name: read_manifest(cache.manifest_folder(_join(url, name))) for name in list_remote_corpora(url)}
+def manifest_at(place: str | os.PathLike[str], cache: ShardCache | None = None) -> Manifest:
+    """Manifest of the corpus in a folder or at a URL. Raises DataError."""
+    return read_manifest(_needed(cache).manifest_folder(str(place)) if is_url(str(place)) else place)
 
 
-def verify_shard(packed: str | os.PathLike[str], name: str, info: ShardInfo, cache: ShardCache | None) -> None:
-    """Compare the shard's hash with its manifest's: of a local one, DataError if it is another; of a remote one, what
+def verify_file(place: str | os.PathLike[str], info: ShardInfo, cache: ShardCache | None) -> None:
+    """Compare a file's hash with its manifest's: of a local one, DataError if it is another; of a remote one, what
     this machine has of it, which is removed if it is damaged."""
-    if is_url(str(packed)):
-        assert cache is not None, "a URL needs a cache"
-        cache.verify(_join(str(packed), name), info)
+    if is_url(str(place)):
+        _needed(cache).verify(str(place), info)
     else:
-        PackedCorpus(Path(packed) / name).verify(info)
+        PackedCorpus(place).verify(info)
+
+
+def _needed(cache: ShardCache | None) -> ShardCache:
+    if cache is None:
+        raise ConfigError("packed data at a URL are read through a cache: give a ShardCache(folder, limit_bytes)")
+    return cache
 
 
 def list_remote_corpora(url: str) -> list[str]:
@@ -263,10 +265,6 @@ def small_cache_warning(cache: ShardCache, manifests: Iterable[Manifest]) -> str
             f"drawn from all {len(shards):,} shards in random order, so about {missed:.0%} of them will wait for a "
             f"shard of {_gb(mean)} to be downloaded again: {_gb(1000 * missed * mean)} per 1,000 rows; set it to "
             f"{total * 1.01 / 1e9:.3g} or more")
-
-
-def _join(url: str, name: str) -> str:
-    return f"{url.rstrip('/')}/{name}"
 
 
 def _gb(n_bytes: float) -> str:

@@ -12,7 +12,9 @@ import fnmatch
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, lru_cache
+from heapq import heappop, heappush
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +79,24 @@ class Sampler:
         within = _drawn_until(self.phases[k].quotas, end - self.phases[k].start_row)
         return self._drawn_before[k] + within
 
+    def position_of(self, corpus: int, n: int) -> int | None:
+        """Global position of the `n`-th row (from 0) that is drawn of corpus number `corpus`; None if it never is."""
+        for k, phase in enumerate(self.phases):
+            if phase.quotas[corpus] == 0:
+                continue
+            at = phase.start_row + _offset_of(phase.quotas, corpus, n - int(self._drawn_before[k][corpus]))
+            if k + 1 == len(self.phases) or at < self.phases[k + 1].start_row:
+                return at
+        return None
+
+    def phases_until(self, end: int) -> list[tuple[int, dict[str, int]]]:
+        """What decides the corpora at the positions before `end`: each phase's start and positive quotas by name.
+
+        Two samplers of one seed for which it is equal have the same rows there, also when one knows more corpora.
+        """
+        return [(phase.start_row, {name: q for name, q in zip(self.names, phase.quotas, strict=True) if q})
+                for phase in self.phases if phase.start_row < end]
+
     @cached_property
     def _drawn_before(self) -> list[Ints]:
         """Rows of each corpus drawn before the start of each phase."""
@@ -116,12 +136,64 @@ def resolve_mix(mix: Mapping[str, float] | None, tokens: Mapping[str, int], *, f
         if not 0 <= weight < float("inf"):
             problems.append(f"{field}.{pattern}={weight}: a weight must be a number >= 0")
         total = sum(tokens[name] for name in matched)
-        for name in matched:
-            weights[name] += weight * tokens[name] / total
+        for name in matched:  # a weight of its own stays as it is, to the last bit
+            weights[name] += weight if len(matched) == 1 else weight * tokens[name] / total
     if not problems and sum(weights.values()) <= 0:
         problems.append(f"{field}: all weights are zero; give at least one corpus a positive weight")
     raise_all(problems, of="mixture")
     return weights
+
+
+def resolve_caps(max_epochs: Mapping[str, float], rows: Mapping[str, int], *, field: str) -> list[int | None]:
+    """Most rows that a run may draw of each corpus, floor(max_epochs * rows), in the order of `rows`; None: any number.
+
+    `max_epochs` maps names or patterns to epochs; an exact name beats a pattern. Raises ConfigError listing every entry
+    that matches nothing, and every corpus that two patterns match or that would get no row.
+    """
+    problems = [f"{field}.{pattern}: no training corpus of that name; {did_you_mean(pattern, rows)}"
+                for pattern in max_epochs if not fnmatch.filter(rows, pattern)]
+    caps: list[int | None] = []
+    for name, n_rows in rows.items():
+        found = [name] if name in max_epochs else [p for p in max_epochs if fnmatch.fnmatch(name, p)]
+        if len(found) > 1:
+            problems.append(f"{field}: {' and '.join(repr(p) for p in found)} both match {name}; name it by itself")
+        # a decimal fraction as it was written: 0.29 of 100 rows are 29, not floor(28.999...)
+        caps.append(int(Fraction(str(max_epochs[found[0]])) * n_rows) if found else None)
+        if found and caps[-1] == 0:
+            problems.append(f"{field}.{found[0]}={max_epochs[found[0]]} is less than one of the {n_rows:,} rows of "
+                            f"{name}; raise it, or give the corpus weight 0 in data.mix")
+    raise_all(problems, of="epochs")
+    return caps
+
+
+def redistribute(phases: Sequence[Phase], caps: Sequence[int | None], *, until: int) -> tuple[Phase, ...]:
+    """The phases up to position `until`, in which a corpus that has reached its cap leaves its share to the others.
+
+    From the very row at which a corpus is exhausted a further phase begins, without it, the others in proportion to
+    their quotas. A later `until` adds phases and changes none. Where a phase has no corpus left, its quotas are all
+    zero and nothing follows.
+    """
+    out: list[Phase] = []
+    drawn = np.zeros(len(caps), dtype=np.int64)
+    for phase, after in zip(phases, [*phases[1:], None], strict=True):
+        start, end = phase.start_row, until if after is None else min(after.start_row, until)
+        while start < end:
+            left = [None if cap is None else cap - int(n) for cap, n in zip(caps, drawn, strict=True)]
+            quotas = _without([n == 0 for n in left], phase.quotas)
+            out.append(Phase(start, quotas))
+            if not any(quotas):
+                return tuple(out)
+            dry = [start + _offset_of(quotas, c, n - 1) + 1 for c, n in enumerate(left) if n and quotas[c]]
+            stop = min([end, *dry])
+            drawn += _drawn_until(quotas, stop - start)
+            start = stop
+    return tuple(out)
+
+
+def _without(dry: Sequence[bool], quotas: tuple[int, ...]) -> tuple[int, ...]:
+    """`quotas` without the corpora that are dry; all zero when that leaves none."""
+    kept = [0 if d else q for q, d in zip(quotas, dry, strict=True)]
+    return quotas if tuple(kept) == quotas else quotas_of(kept) if any(kept) else tuple(kept)
 
 
 def permute(place: Ints, size: int, *, key: tuple[int, str, int]) -> Ints:
@@ -166,20 +238,25 @@ def _pattern(quotas: tuple[int, ...]) -> tuple[Ints, Ints]:
 
     The chairman assignment of Tijdeman (1980): after every position each corpus is within one row of its exact share.
     """
-    q = np.asarray(quotas, dtype=np.int64)
-    active = np.flatnonzero(q)
-    q = q[active]
-    slack = 2 * max(len(active) - 1, 1)  # all terms are scaled by PERIOD * slack, so that they stay integers
-    given = np.zeros(len(active), dtype=np.int64)
-    corpus = np.empty(PERIOD, dtype=np.int64)
-    before = np.empty(PERIOD, dtype=np.int64)
-    for t in range(1, PERIOD + 1):
-        owed = slack * (q * t - given * PERIOD)
-        waiting = np.where(owed >= PERIOD, (PERIOD * (slack - 1) - owed) / q, np.inf)
-        winner = int(np.argmin(waiting))
-        corpus[t - 1], before[t - 1] = active[winner], given[winner]
-        given[winner] += 1
-    assert (given == q).all(), (given, q)
+    active = np.flatnonzero(quotas)
+    q = np.asarray(quotas, dtype=np.int64)[active]
+    slack = 2 * max(len(active) - 1, 1)
+    number = np.repeat(np.arange(len(active)), q)  # of each row of the period: its corpus,
+    given = np.arange(PERIOD) - np.repeat(np.cumsum(q) - q, q)  # and its corpus' rows before it
+    # row g of a corpus may come once its share owes it 1/slack of a row, and must before it owes 1 - 1/slack
+    release = -(-PERIOD * (1 + slack * given) // (slack * q[number]))
+    deadline = PERIOD * (slack - 1 + slack * given) / q[number]
+    order = np.argsort(release, kind="stable")
+    jobs = list(zip(deadline[order].tolist(), number[order].tolist(), given[order].tolist(), strict=True))
+    corpus, before = np.empty(PERIOD, dtype=np.int64), np.empty(PERIOD, dtype=np.int64)
+    waiting: list[tuple[float, int, int]] = []
+    first = 0
+    for t, last in enumerate(np.searchsorted(release[order], np.arange(1, PERIOD + 1), side="right").tolist()):
+        for job in jobs[first:last]:
+            heappush(waiting, job)
+        first = last
+        _, winner, before[t] = heappop(waiting)
+        corpus[t] = active[winner]
     return corpus, before
 
 
@@ -195,3 +272,9 @@ def _drawn_until(quotas: tuple[int, ...], n: int) -> Ints:
     corpus, _ = _pattern(quotas)
     head = np.bincount(corpus[:n % PERIOD], minlength=len(quotas)).astype(np.int64)
     return np.asarray(quotas, dtype=np.int64) * (n // PERIOD) + head
+
+
+def _offset_of(quotas: tuple[int, ...], corpus: int, n: int) -> int:
+    """Offset into a phase of the `n`-th row (from 0) of a corpus with a positive quota."""
+    period, nth = divmod(n, quotas[corpus])
+    return period * PERIOD + int(np.flatnonzero(_pattern(quotas)[0] == corpus)[nth])

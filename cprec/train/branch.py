@@ -6,10 +6,13 @@ has `anneal` filled in and `parent` says where it came from, by path, step and h
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Sequence
 from pathlib import Path
 
 from cprec.config import Length, ParentConfig, RunConfig
-from cprec.errors import CheckpointError, ConfigError, did_you_mean
+from cprec.data.corpora import find_corpora, roots_of
+from cprec.errors import CheckpointError, ConfigError, did_you_mean, raise_all
 from cprec.schedule import check_shape
 from cprec.train.checkpoint import (
     Checkpoint,
@@ -51,11 +54,12 @@ def find_parent(source: str) -> Checkpoint:
 
 
 def branch_config(parent: Checkpoint, *, length: Length, shape: str, final_lr_ratio: float, run_dir: str | None,
-                  mix: dict[str, float] | None) -> RunConfig:
+                  mix: dict[str, float] | None, data: Sequence[str] = ()) -> RunConfig:
     """Config of the branch that anneals `parent` over `length` (of which a share is one of the parent's steps).
 
     `run_dir` defaults to the trunk's with `-SHAPE-STEPS`; `mix` None keeps the trunk's weights, and with them the very
-    rows that the trunk would have read next. A branch that has begun keeps its fork. Raises ConfigError.
+    rows that the trunk would have read next. `data`: folders of packed corpora that the branch reads too. A branch that
+    has begun keeps its fork. Raises ConfigError.
     """
     check_shape(shape, final_lr_ratio)
     trunk = read_run_config(parent.run_dir)
@@ -63,13 +67,9 @@ def branch_config(parent: Checkpoint, *, length: Length, shape: str, final_lr_ra
     steps = length.in_steps(tokens_per_step=tokens_per_step, total_steps=parent.state.step)
     if steps < 1:
         raise ConfigError(f"an annealing of {steps} steps is none; give at least one")
-    unknown = sorted(set(mix or {}) - set(trunk.data.mix.stable or {}))
-    exact = [name for name in unknown if "*" not in name]
-    if exact:
-        known = trunk.data.mix.stable or {}
-        raise ConfigError("; ".join(f"--mix {name}: the run has no such corpus; {did_you_mean(name, known)}"
-                                    for name in exact))
+    _check_mix(mix, trunk, data)
     values = trunk.model_dump()
+    values["data"]["packed"] = [*roots_of(trunk.data.packed), *data] if data else trunk.data.packed
     values["run_dir"] = run_dir or f"{parent.run_dir}-{shape}-{steps}"
     begun = Path(values["run_dir"]) / "config.yaml"
     if begun.is_file() and (fork := read_run_config(begun.parent).parent) and Path(fork.run_dir) == parent.run_dir:
@@ -81,3 +81,17 @@ def branch_config(parent: Checkpoint, *, length: Length, shape: str, final_lr_ra
     values["parent"] = ParentConfig(
         run_dir=str(parent.run_dir), step=start, state_hash=parent.state_hash).model_dump()
     return RunConfig.model_validate(values)
+
+
+def _check_mix(mix: dict[str, float] | None, trunk: RunConfig, data: Sequence[str]) -> None:
+    """Every name of `mix` is a corpus of the trunk or in the folders `data`, and each of those has a corpus named."""
+    added = {folder: list(find_corpora(folder)) for folder in data}
+    known = [*(trunk.data.mix.stable or {}), *(name for names in added.values() for name in names)]
+    problems = [f"--mix {name}: the run has no such corpus; {did_you_mean(name, known)}"
+                for name in sorted(mix or {}) if "*" not in name and name not in known]
+    for folder, names in added.items():
+        if not any(weight > 0 and fnmatch.filter(names, pattern) for pattern, weight in (mix or {}).items()):
+            problems.append(f"--data {folder}: no --mix gives one of its corpora a weight, so nothing of it would be "
+                            f"read; name {' or '.join(names) or 'a corpus'} with --mix, and all others that the "
+                            f"annealing is to read")
+    raise_all(problems, of="anneal.py")

@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from cprec.config import RunConfig
+from cprec.data.corpora import read_data_record
 from cprec.errors import CheckpointError
 from cprec.format import Template
 from cprec.log import get_logger
 from cprec.train.checkpoint import Checkpoint, read_run_config, verify_checkpoint
 from cprec.train.engine import consolidated_weights
 from cprec.train.metrics import read_metrics
-from cprec.train.plan import DATA, DataRecord
 
 log = get_logger(__name__)
 SHARD_BYTES = 4 << 30
@@ -62,7 +62,7 @@ def export(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype) -> None:
 def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
     """Model card of an export: base model, data, tokens, schedule, lineage and last losses, as measured."""
     s = checkpoint.state
-    data = DataRecord.model_validate_json((checkpoint.run_dir / DATA).read_text(encoding="utf-8"))
+    data = read_data_record(checkpoint.run_dir)
     lineage = f"branch of {config.parent.run_dir} at step {config.parent.step:,}" if config.parent else "trunk"
     anneal = config.schedule.anneal
     schedule = f"peak {config.optimizer.peak_lr:g}, warm-up {config.schedule.warmup.steps} steps, " + (

@@ -23,8 +23,9 @@ import xxhash
 from cprec import dist
 from cprec.config import RunConfig
 from cprec.data.collate import collate
-from cprec.data.dataset import PackedDataset, Step
-from cprec.data.remote import open_corpus, small_cache_warning, verify_shard
+from cprec.data.corpora import DATA, read_data_record, shown
+from cprec.data.dataset import PackedDataset, Step, open_corpora
+from cprec.data.remote import open_corpus, small_cache_warning, verify_file
 from cprec.data.sampler import permute
 from cprec.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DataError, DivergedError, raise_all
 from cprec.format import Manifest, write_atomically
@@ -45,14 +46,17 @@ from cprec.train.checkpoint import (
 )
 from cprec.train.engine import Engine, StepResult
 from cprec.train.metrics import MetricsLog, TrainRecord, ValidationRecord, memory_gb, peak_flops
-from cprec.train.plan import DATA, DataRecord, Plan, build_plan
+from cprec.train.order import build_order
+from cprec.train.plan import Plan, build_plan
 
 log = get_logger(__name__)
 FREE_TO_CHANGE = ("run_dir", "checkpoint", "validation", "log_every", "max_bad_steps", "data.packed", "data.verify",
-                  "data.cache_dir", "data.cache_gb", "batch.micro_batch_size", "model.attention",
+                  "data.cache_dir", "data.cache_gb", "data.max_epochs", "data.when_dry", "batch.micro_batch_size",
+                  "model.attention",
                   "model.activation_checkpointing")
 """Fields that may differ when a run goes on: they change what is written or how it is computed, not what is trained.
-The run folder and the data may have moved: that they are the same is checked by what is in them."""
+The run folder and the data may have moved: that they are the same is checked by what is in them. What `max_epochs` has
+decided up to now is checked by the rows that it gives."""
 
 
 @dataclass
@@ -191,19 +195,35 @@ def check_run_folder(run_dir: Path, plan: Plan) -> None:
             listed = "\n  ".join(differing)
             raise ConfigError(f"{run_dir} belongs to another run:\n  {listed}\ngive this one a run_dir of its own, or "
                               f"start it with the old values")
-        _check_same_data(run_dir, plan)
+        _check_same_data(run_dir, plan, may_differ_in_names=False)
+        newest = list_checkpoints(run_dir)[-1:]
+        _check_same_rows(run_dir, plan, step=newest[0].state.step if newest else 0)
     if plan.config.parent:
-        _check_same_data(Path(plan.config.parent.run_dir), plan)
+        _check_same_data(Path(plan.config.parent.run_dir), plan, may_differ_in_names=True)
+        _check_same_rows(Path(plan.config.parent.run_dir), plan, step=plan.config.parent.step)
 
 
-def _check_same_data(run_dir: Path, plan: Plan) -> None:
-    """The packed data are those that the run in `run_dir` was trained on, by their shards' hashes."""
-    known = DataRecord.model_validate_json((run_dir / DATA).read_text(encoding="utf-8")).corpora
-    found = plan.data.corpora
-    other = sorted(name for name in {*known, *found} if known.get(name) != found.get(name))
+def _check_same_data(run_dir: Path, plan: Plan, *, may_differ_in_names: bool) -> None:
+    """The packed data are those that the run in `run_dir` was trained on, by their shards' hashes; for a branch, as far
+    as both have them."""
+    known = {name: c.rows_hash for name, c in read_data_record(run_dir).corpora.items()}
+    found = {name: c.rows_hash for name, c in plan.data.corpora.items()}
+    names = {*known} & {*found} if may_differ_in_names else {*known, *found}
+    other = sorted(name for name in names if known.get(name) != found.get(name))
     if other:
-        raise DataError(f"{', '.join(other)} below data.packed={plan.config.data.packed} are not what {run_dir} was "
-                        f"trained on; give it the corpora that it began with, or start a new run")
+        raise DataError(f"{', '.join(other)} below data.packed={shown(plan.config.data.packed)} are not what {run_dir} "
+                        f"was trained on; give it the corpora that it began with, or start a new run")
+
+
+def _check_same_rows(run_dir: Path, plan: Plan, *, step: int) -> None:
+    """Up to `step` the plan has the rows that the run in `run_dir` has read: what it goes on from is counted right."""
+    theirs = read_run_config(run_dir)
+    end = step * theirs.batch.global_batch_size
+    before = build_order(theirs, read_data_record(run_dir)).sampler
+    if (theirs.data.seed, before.phases_until(end)) != (plan.config.data.seed, plan.sampler.phases_until(end)):
+        raise ConfigError(f"data.max_epochs, data.when_dry, data.mix or data.seed of this run give other rows for "
+                          f"steps 1 to {step:,} than those that {run_dir} has read; let them be as they were up to "
+                          f"there ({run_dir / CONFIG})")
 
 
 def validate(plan: Plan, engine: Engine, step: int) -> ValidationRecord:
@@ -221,7 +241,7 @@ def validate(plan: Plan, engine: Engine, step: int) -> ValidationRecord:
 def _validate_corpus(plan: Plan, engine: Engine, name: str, manifest: Manifest) -> tuple[float, float]:
     """Summed loss and predicted tokens over all ranks. Ranks without a row left run a row that does not count, since
     under ZeRO-3 every rank takes part in every forward."""
-    corpus = open_corpus(plan.config.data.packed, name, plan.cache)
+    corpus = open_corpus(plan.places[name], plan.cache)
     n_rows = min(plan.config.validation.rows_per_corpus, len(corpus))
     rows = permute(np.arange(n_rows), len(corpus), key=(plan.config.data.seed, name, 0))
     loss_sum = n_valid = 0.0
@@ -348,9 +368,9 @@ def _save(plan: Plan, engine: Engine, run_dir: Path, progress: Progress) -> None
 
 def _open_data(plan: Plan) -> PackedDataset:
     batch = plan.config.batch
-    corpora = [open_corpus(plan.config.data.packed, name, plan.cache, at_random=True) for name in plan.sampler.names]
-    dataset = PackedDataset(corpora, plan.sampler, global_batch_size=batch.global_batch_size,
-                            micro_batch_size=batch.micro_batch_size, rank=dist.rank(), world_size=plan.world_size)
+    dataset = PackedDataset(
+        open_corpora(plan.sampler, plan.places, plan.cache), plan.sampler, global_batch_size=batch.global_batch_size,
+        micro_batch_size=batch.micro_batch_size, rank=dist.rank(), world_size=plan.world_size)
     manifests = [*plan.train.values(), *plan.valid.values()]
     if dist.rank() == 0 and plan.cache and (warning := small_cache_warning(plan.cache, manifests)):
         log.warning("%s", warning)
@@ -363,11 +383,11 @@ def _altered_shards(plan: Plan) -> list[str]:
     """What is wrong with the bytes of this rank's share of the shards: of all its machine has, if they are cached."""
     problems = []
     manifests = {**plan.train, **plan.valid}
-    shards = [(name, shard) for name, manifest in manifests.items() for shard in manifest.files]
+    files = [(name, file) for name, manifest in manifests.items() for file in manifest.files]
     first, step = (dist.local_rank(), dist.local_world_size()) if plan.cache else (dist.rank(), plan.world_size)
-    for name, shard in shards[first::step]:
+    for name, file in files[first::step]:
         try:
-            verify_shard(plan.config.data.packed, name, shard, plan.cache)
+            verify_file(plan.places[name], file, plan.cache)
         except DataError as e:
             problems.append(str(e))
     return problems

@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from cprec.data.collate import Batch, collate
-from cprec.data.dataset import PackedDataset, open_manifests
+from cprec.data.corpora import open_manifests
+from cprec.data.dataset import PackedDataset
 from cprec.data.sampler import Phase, Sampler, quotas_of
 from cprec.errors import ConfigError, DataError
 from cprec.format import (

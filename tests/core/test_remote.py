@@ -21,7 +21,8 @@ import tiny
 from cut_proxy import CutProxy
 
 from cprec.data import remote
-from cprec.data.dataset import PackedDataset, open_manifests
+from cprec.data.corpora import open_manifests
+from cprec.data.dataset import PackedDataset
 from cprec.data.remote import ShardCache, list_remote_corpora, open_corpus, small_cache_warning
 from cprec.data.sampler import Phase, Sampler, quotas_of
 from cprec.errors import ConfigError, DataError
@@ -124,7 +125,7 @@ def bucket(proxy: CutProxy, packed: Path) -> str:
 
 def assert_same(url: str, packed: Path, cache: ShardCache, names: list[str] = NAMES) -> None:
     for name in names:
-        theirs, ours = open_corpus(url, name, cache), PackedCorpus(packed / name)
+        theirs, ours = open_corpus(f"{url}/{name}", cache), PackedCorpus(packed / name)
         assert len(theirs) == len(ours) == 4 * ROWS
         for i in np.random.default_rng(0).permutation(len(ours)):
             assert (theirs[i].input_ids == ours[i].input_ids).all(), (name, i)
@@ -159,12 +160,12 @@ def test_a_remote_folder_reads_as_the_local_one(in_memory: str, packed: Path, tm
 
 
 def test_a_local_folder_goes_through_the_same_door(packed: Path) -> None:
-    assert open_corpus(packed, "mixed", None).folder == packed / "mixed"
+    assert open_corpus(f"{packed}/mixed", None).folder == packed / "mixed"
 
 
 def test_shards_are_downloaded_when_they_are_read(in_memory: str, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, ROOM)
-    corpus = open_corpus(in_memory, "mixed", cache)
+    corpus = open_corpus(f"{in_memory}/mixed", cache)
     assert shard_files(cache) == []
     corpus[2 * ROWS + 1]
     assert shard_files(cache) == ["shard-00002"]
@@ -174,7 +175,7 @@ def test_a_dataset_over_a_url_gives_the_same_batches(in_memory: str, packed: Pat
     sampler = Sampler(tuple(NAMES), (4 * ROWS, 4 * ROWS), (Phase(0, quotas_of([2, 1])),), seed=3)
 
     def batches(place: str | Path, cache: ShardCache | None) -> list[list[int]]:
-        corpora = [open_corpus(place, name, cache, at_random=True) for name in NAMES]
+        corpora = [open_corpus(f"{place}/{name}", cache, at_random=True) for name in NAMES]
         reader = PackedDataset(corpora, sampler, global_batch_size=8, micro_batch_size=2, rank=1, world_size=2)
         return [b.input_ids.flatten().tolist() for step in reader.steps(5, 9) for b in step.batches]
 
@@ -199,7 +200,7 @@ def test_with_room_for_two_shards_of_eight_everything_reads_right(in_memory: str
     for name in NAMES:
         cache.manifest_folder(f"{in_memory}/{name}")
     cache.limit_bytes = on_disk(tmp_path) + 2 * max(s.bytes for s in read_manifest(packed / "mixed").shards)
-    theirs, ours = ([open_corpus(p, n, cache) for n in NAMES] for p in (in_memory, packed))
+    theirs, ours = ([open_corpus(f"{p}/{n}", cache) for n in NAMES] for p in (in_memory, packed))
     for i in np.random.default_rng(1).integers(0, 4 * ROWS, 60):
         for a, b in zip(theirs, ours, strict=True):
             assert (a[int(i)].input_ids == b[int(i)].input_ids).all()
@@ -226,7 +227,7 @@ def test_a_shard_evicted_before_it_is_opened_is_fetched_again(in_memory: str, tm
 
 def test_a_mapped_shard_stays_readable_when_it_is_evicted(in_memory: str, packed: Path, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, ROOM)
-    row = open_corpus(in_memory, "mixed", cache)[0]
+    row = open_corpus(f"{in_memory}/mixed", cache)[0]
     for path in tmp_path.rglob("*.arrow"):
         path.unlink()
     assert (row.input_ids == PackedCorpus(packed / "mixed")[0].input_ids).all()
@@ -235,13 +236,13 @@ def test_a_mapped_shard_stays_readable_when_it_is_evicted(in_memory: str, packed
 def test_a_shard_larger_than_the_limit_names_the_setting(in_memory: str, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 100_000)
     with pytest.raises(DataError, match=r"shard-00000.arrow has 0.000167 GB, more than data.cache_gb=0.0001; raise it"):
-        open_corpus(in_memory, "mixed", cache)[0]
+        open_corpus(f"{in_memory}/mixed", cache)[0]
 
 
 def test_foreign_files_that_fill_the_limit_are_told_and_not_removed(in_memory: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_bytes(bytes(180_000))
     with pytest.raises(DataError, match=r"no room in data.cache_dir=.*other files there; raise it"):
-        open_corpus(in_memory, "mixed", ShardCache(tmp_path, 200_000))[0]
+        open_corpus(f"{in_memory}/mixed", ShardCache(tmp_path, 200_000))[0]
     assert (tmp_path / "notes.txt").exists()
 
 
@@ -252,7 +253,7 @@ def test_a_full_disk_names_the_folder_and_what_is_free(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DataError, match=r"data.cache_dir=.*disk is full: .*GB are free, although data.cache_gb=0.01"):
-        open_corpus(in_memory, "mixed", ShardCache(tmp_path, 10_000_000))[0]
+        open_corpus(f"{in_memory}/mixed", ShardCache(tmp_path, 10_000_000))[0]
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -275,11 +276,11 @@ def test_corpora_of_different_urls_do_not_collide(packed: Path, tmp_path: Path) 
 def test_a_corpus_prepared_anew_is_read_anew_and_the_old_never_mixed_with_it(
         in_memory: str, packed: Path, tmp_path: Path) -> None:
     old = ShardCache(tmp_path / "cache", ROOM)
-    open_corpus(in_memory, "mixed", old)[0]
+    open_corpus(f"{in_memory}/mixed", old)[0]
     write_corpus(tmp_path / "packed/mixed", seed=9)
     upload(tmp_path / "packed", in_memory)
     assert_same(in_memory, tmp_path / "packed", ShardCache(tmp_path / "cache", ROOM), ["mixed"])
-    began_before = open_corpus(in_memory, "mixed", old)  # a process keeps to the manifest it has seen
+    began_before = open_corpus(f"{in_memory}/mixed", old)  # a process keeps to the manifest it has seen
     assert (began_before[0].input_ids == PackedCorpus(packed / "mixed")[0].input_ids).all()
     with pytest.raises(DataError, match=r"shard memory://.*/mixed/shard-00001.arrow has hash .*prepared anew"):
         began_before[ROWS]
@@ -291,7 +292,7 @@ def test_an_altered_a_cut_and_a_missing_shard_are_named(in_memory: str, packed: 
     fs.pipe_file(f"{inside}/shard-00001.arrow", whole[:900] + b"?" + whole[901:])
     fs.pipe_file(f"{inside}/shard-00002.arrow", whole[:-8])
     fs.rm(f"{inside}/shard-00003.arrow")
-    corpus = open_corpus(in_memory, "mixed", ShardCache(tmp_path, ROOM))
+    corpus = open_corpus(f"{in_memory}/mixed", ShardCache(tmp_path, ROOM))
     with pytest.raises(DataError, match=r"/mixed/shard-00001.arrow has hash .*, its manifest says .*altered"):
         corpus[ROWS]
     with pytest.raises(DataError, match=r"/mixed/shard-00002.arrow has [\d,]+ bytes, its manifest says [\d,]+: .*"):
@@ -310,7 +311,7 @@ def test_a_cached_copy_of_another_size_or_a_damaged_one_is_downloaded_again(
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-900] + b"?" + whole[-899:])
     for info in read_manifest(packed / "mixed").shards:  # what `verify: full` does
-        remote.verify_shard(in_memory, "mixed", info, cache)
+        remote.verify_file(f"{in_memory}/mixed", info, cache)
     assert len(list(tmp_path.rglob("*mixed*/shard*.arrow"))) == 2
     assert_same(in_memory, packed, cache)
 
@@ -322,7 +323,7 @@ def test_a_folder_without_corpora_and_an_unknown_storage_are_told(in_memory: str
     with pytest.raises(DataError, match=r"no storage is called s3x://; did you mean 's3a?'"):
         open_manifests("s3x://b/packed", "train", cache)
     with pytest.raises(DataError, match=r"/absent/manifest.json does not exist"):
-        open_corpus(in_memory, "absent", cache)
+        open_corpus(f"{in_memory}/absent", cache)
 
 
 def test_a_missing_client_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +358,7 @@ def test_the_last_try_tells_the_byte_reached_and_the_cause(
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "cat_file", cut_after_two)
     with pytest.raises(DataError, match=r"mixed/shard-00000.arrow: cut off after 100,000 bytes, 6 times in a row: "
                                         r"ConnectionResetError: reset by peer; check the network"):
-        open_corpus(in_memory, "mixed", ShardCache(tmp_path, ROOM))[0]
+        open_corpus(f"{in_memory}/mixed", ShardCache(tmp_path, ROOM))[0]
     assert n == 2 + 6 and not list(tmp_path.rglob("*.partial"))
 
 
@@ -386,7 +387,7 @@ def test_threads_of_one_process_download_a_shard_once(
 READ_AT_RANDOM = """
 import hashlib, random
 cache.limit_bytes = int(sys.argv[3])
-digest, corpora = hashlib.sha256(), [open_corpus(sys.argv[2], name, cache) for name in sys.argv[4:]]
+digest, corpora = hashlib.sha256(), [open_corpus(f"{sys.argv[2]}/{name}", cache) for name in sys.argv[4:]]
 for n in range(80):
     digest.update(corpora[n % 2][random.Random(n).randrange(160)].input_ids.tobytes())
 print(digest.hexdigest())
@@ -415,7 +416,7 @@ READ_ALL = """
 import hashlib
 digest = hashlib.sha256()
 for name in sys.argv[3:]:
-    for row in open_corpus(sys.argv[2], name, cache):
+    for row in open_corpus(f"{sys.argv[2]}/{name}", cache):
         digest.update(row.input_ids.tobytes())
 print(digest.hexdigest())
 """
@@ -471,7 +472,7 @@ def test_four_processes_download_each_shard_once(bucket: str, packed: Path, prox
 def test_a_process_killed_in_a_download_leaves_nothing_that_others_trip_over(
         bucket: str, packed: Path, proxy: CutProxy, tmp_path: Path) -> None:
     proxy.hold.set()
-    first = child("open_corpus(sys.argv[2], 'specific/toys', cache)[0]", tmp_path, bucket)
+    first = child("open_corpus(f'{sys.argv[2]}/specific/toys', cache)[0]", tmp_path, bucket)
     while not (left := list(tmp_path.rglob("*.partial"))):
         assert first.poll() is None
         threading.Event().wait(0.02)
@@ -492,7 +493,7 @@ def test_a_dead_process_s_partial_of_a_shard_that_nobody_reads_gives_its_room_ba
     folder = cache.manifest_folder(f"{bucket}/mixed").parent
     dead = folder / "shard-00009.00.arrow.some-1.partial"
     dead.write_bytes(bytes(100_000))
-    open_corpus(bucket, "mixed", cache)[0]
+    open_corpus(f"{bucket}/mixed", cache)[0]
     assert not dead.exists()
 
 
@@ -503,12 +504,12 @@ def test_refused_access_and_a_missing_bucket_are_told_at_once(
     monkeypatch.setattr(remote, "TRIES", 1000)
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 1e6)
     with pytest.raises(DataError, match=r"s3://no-such-bucket/packed/a/manifest.json does not exist"):
-        open_corpus("s3://no-such-bucket/packed", "a", cache)
+        open_corpus("s3://no-such-bucket/packed/a", cache)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(DataError, match=r"access is refused: .*AWS_\* variables"):
-        open_corpus(bucket, "specific/toys", cache)
+        open_corpus(f"{bucket}/specific/toys", cache)
     fsspec.get_filesystem_class("s3").clear_instance_cache()

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cprec.data.sampler import PERIOD, Phase, Sampler, permute, quotas_of, resolve_mix
+from cprec.data.sampler import (
+    PERIOD,
+    Phase,
+    Sampler,
+    permute,
+    quotas_of,
+    redistribute,
+    resolve_caps,
+    resolve_mix,
+)
 from cprec.errors import ConfigError
 
 weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=8)
@@ -90,3 +99,72 @@ def test_a_patterns_weight_is_shared_by_size() -> None:
 def test_all_problems_of_a_mixture_are_told_at_once() -> None:
     with pytest.raises(ConfigError, match=r"(?s)mix.mixt: .*did you mean 'mixed'.*mix.a=-1"):
         resolve_mix({"mixt": 1, "a": -1}, {"mixed": 1, "a": 1}, field="mix")
+
+
+def test_an_exact_name_beats_a_pattern_and_epochs_are_counted_in_decimals() -> None:
+    rows = {"mixed": 100, "specific/a": 10, "specific/b": 7, "text": 5}
+    caps = resolve_caps({"specific/*": 1.5, "specific/a": 3, "mixed": 0.29}, rows, field="data.max_epochs")
+    assert caps == [29, 30, 10, None]  # 0.29 * 100 is 28.999... in floating point; floor(1.5 * 7) is 10
+
+
+def test_all_problems_of_caps_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as e:
+        resolve_caps({"s*": 1, "*a": 2, "mixd": 3, "b": 0.1}, {"mixed": 9, "s/a": 9, "b": 9}, field="data.max_epochs")
+    said = str(e.value)
+    assert "3 problems" in said and "mixd: no training corpus of that name; did you mean 'mixed'?" in said
+    assert "'s*' and '*a' both match s/a" in said and "b=0.1 is less than one of the 9 rows of b" in said
+
+
+def capped(caps: list[int | None], until: int) -> Sampler:
+    phases = (Phase(0, quotas_of([1, 1, 1])), Phase(123, quotas_of([1, 2, 3])))
+    return Sampler(("a", "b", "c"), (11, 50, 300), redistribute(phases, caps, until=until), seed=5)
+
+
+def test_from_the_row_at_which_a_corpus_is_exhausted_the_others_take_its_share() -> None:
+    sampler = Sampler(("a", "b", "c"), (3, 50, 50), (Phase(0, (PERIOD // 2, PERIOD // 4, PERIOD // 4)),), seed=0)
+    (whole,) = sampler.phases
+    phases = redistribute([whole], [10, None, None], until=1000)
+    last = sampler.position_of(0, 9)
+    assert last is not None and np.flatnonzero(sampler.rows(0, 100).corpus == 0)[9] == last
+    assert phases == (whole, Phase(last + 1, (0, PERIOD // 2, PERIOD // 2)))
+    assert redistribute([whole], [None] * 3, until=1000) == (whole,)
+    assert redistribute([whole], [3, 5, 1], until=1000)[-1].quotas == (0, 0, 0)  # nine rows in all
+    assert redistribute([whole], [3, 5, 1], until=1000)[-1].start_row == 9
+    assert redistribute([whole], [3, 5, 1], until=9)[-1].start_row < 9  # which suffice
+
+
+@given(caps=st.tuples(st.integers(1, 60), st.integers(1, 90), st.none()), until=st.integers(1, 700))
+@settings(max_examples=12)
+def test_caps_hold_over_all_phases_and_a_longer_run_changes_no_row(
+        caps: tuple[int, int, None], until: int) -> None:
+    short, long = capped([*caps], until), capped([*caps], 700)
+    assert short.phases == long.phases[:len(short.phases)]
+    a, b = short.rows(0, until), long.rows(0, until)
+    assert a.corpus.tolist() == b.corpus.tolist() and a.row.tolist() == b.row.tolist()
+    counts = np.bincount(long.rows(0, 700).corpus, minlength=3)
+    assert counts[0] <= caps[0] and counts[1] <= caps[1] and counts.sum() == 700
+    assert long.drawn(700).tolist() == counts.tolist()
+
+
+@given(corpus=st.integers(0, 2), n=st.integers(0, 600))
+def test_the_position_of_a_corpus_nth_row_is_where_it_is_drawn(corpus: int, n: int) -> None:
+    at = make_sampler().position_of(corpus, n)
+    found = np.flatnonzero(make_sampler().rows(0, 2000).corpus == corpus)
+    assert at == found[n] if n < len(found) else at is None or at >= 2000
+
+
+@given(anneal=st.sampled_from([[1, 1, 1], [0, 5, 0], [0, 1, 3], [2, 1, 0]]), fork=st.integers(1, 300))
+@settings(max_examples=20)
+def test_a_corpus_that_is_added_for_a_branch_moves_no_row_of_the_trunk_and_repeats_none(
+        anneal: list[int], fork: int) -> None:
+    weights = [1.0, 2.0]
+    trunk = Sampler(("a", "c"), (40, 500), (Phase(0, quotas_of(weights)),), seed=5)
+    phases = (Phase(0, quotas_of([1.0, 0, 2.0])), Phase(fork, quotas_of(anneal)))
+    branch = Sampler(("a", "b", "c"), (40, 30, 500), phases, seed=5)
+    before, same = trunk.rows(0, fork), branch.rows(0, fork)
+    assert [("a", "c")[c] for c in before.corpus] == [("a", "b", "c")[c] for c in same.corpus]
+    assert before.row.tolist() == same.row.tolist()
+    assert trunk.phases_until(fork) == branch.phases_until(fork)
+    whole = branch.rows(0, fork + 600)
+    read = list(zip(whole.corpus.tolist(), whole.epoch.tolist(), whole.row.tolist(), strict=True))
+    assert len(set(read)) == len(read)  # no row twice in an epoch of its corpus, across the fork too
