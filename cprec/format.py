@@ -439,6 +439,11 @@ class Row(NamedTuple):
         return mask
 
 
+def _values(array: pa.Array, dtype: str) -> npt.NDArray[Any]:
+    """A column without nulls as a view. Arrow's own `to_numpy` would import pandas, which takes half a second."""
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * np.dtype(dtype).itemsize)
+
+
 class Shard:
     """A mapped shard: its rows by their place in it."""
 
@@ -449,10 +454,11 @@ class Shard:
         batch = _open_batch(pa.py_buffer(self._map), path)
         if at_random:  # or the kernel reads 32 pages around each that is wanted
             self._map.madvise(mmap.MADV_RANDOM)
-        self.input_ids: Tokens = batch["input_ids"].flatten().to_numpy().reshape(info.rows, manifest.seq_len)
-        self._doc_lens, self._len_offsets = self._ragged(batch["doc_lens"])
-        self._doc_ids, self._id_offsets = self._ragged(batch["doc_ids"])
-        self._n_pad, self._n_labels = (memoryview(batch[name].to_numpy()) for name in ("n_pad", "n_labels"))
+        ids = _values(batch["input_ids"].values, manifest.dtype)
+        self.input_ids: Tokens = ids.reshape(info.rows, manifest.seq_len)
+        self._doc_lens, self._len_offsets = self._ragged(batch["doc_lens"], "int32")
+        self._doc_ids, self._id_offsets = self._ragged(batch["doc_ids"], "int64")
+        self._n_pad, self._n_labels = (_values(batch[name], "int32").data for name in ("n_pad", "n_labels"))
         if ("loss_mask" in batch.schema.names) != manifest.has_loss_mask:
             raise DataError(f"shard {path} and its manifest disagree: has_loss_mask={manifest.has_loss_mask}, columns "
                             f"{', '.join(batch.schema.names)}; prepare the corpus again")
@@ -461,8 +467,8 @@ class Shard:
         self._row_bytes = self.input_ids.itemsize * manifest.seq_len
 
     @staticmethod
-    def _ragged(column: pa.ListArray) -> tuple[npt.NDArray[Any], memoryview]:
-        return column.values.to_numpy(), memoryview(column.offsets.to_numpy())
+    def _ragged(column: pa.ListArray, dtype: str) -> tuple[npt.NDArray[Any], memoryview]:
+        return _values(column.values, dtype), _values(column.offsets, "int32").data
 
     def row(self, i: int) -> Row:
         """Its row i, as views."""

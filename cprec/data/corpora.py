@@ -11,7 +11,6 @@ from pathlib import Path
 import xxhash
 from pydantic import ValidationError
 
-from cprec.config import DataConfig
 from cprec.data.remote import ShardCache, list_remote_corpora, manifest_at
 from cprec.errors import CheckpointError, DataError, raise_all
 from cprec.format import Manifest, Template, list_corpora
@@ -90,10 +89,9 @@ def open_manifests(packed: Packed, kind: str, cache: ShardCache | None = None) -
     return manifests_of(find_corpora(packed, cache), kind, packed, cache)
 
 
-def cache_of(data: DataConfig) -> ShardCache | None:
-    """The machine's cache of shards, for a run some of whose data lie at a URL."""
-    is_remote = any(is_url(root) for root in roots_of(data.packed))
-    return ShardCache(data.cache_dir, round(data.cache_gb * 1e9)) if is_remote else None
+def cache_for(packed: Packed, *, folder: str, gb: float) -> ShardCache | None:
+    """The machine's cache of shards, in `folder`, where some of the data lie at a URL."""
+    return ShardCache(folder, round(gb * 1e9)) if any(is_url(root) for root in roots_of(packed)) else None
 
 
 def check_alike(manifests: Mapping[str, Manifest], packed: Packed, *, allow_unaudited: bool = False) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from cprec.config import MixConfig, RunConfig, check_batch, load_deepspeed_config
 from cprec.data.corpora import (
     DataRecord,
-    cache_of,
+    cache_for,
     check_alike,
     check_fits,
     find_corpora,
@@ -125,7 +125,7 @@ class Plan:
 
 def build_plan(config: RunConfig, world_size: int) -> Plan:
     """The plan of `config` on `world_size` ranks. Raises ConfigError or DataError listing what stands against it."""
-    cache = cache_of(config.data)
+    cache = cache_for(config.data.packed, folder=config.data.cache_dir, gb=config.data.cache_gb)
     places = find_corpora(config.data.packed, cache)
     train = manifests_of(places, "train", config.data.packed, cache)
     valid = manifests_of(places, "valid", config.data.packed, cache) if config.validation.every else {}

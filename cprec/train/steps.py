@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.config import check_batch
-from cprec.data.corpora import DATA, cache_of, find_corpora, manifests_of, read_data_record, record_of, shown
+from cprec.data.corpora import DATA, cache_for, find_corpora, manifests_of, read_data_record, record_of, shown
 from cprec.data.dataset import PackedDataset, open_corpora
 from cprec.errors import ConfigError, DataError, raise_all
 from cprec.format import ITEM_BITS, PackedCorpus, Row, row_cost
@@ -35,7 +35,7 @@ def open_run(run_dir: Path, *, step: int, world_size: int | None = None) -> Pack
     """
     config = read_run_config(run_dir)
     begun = (run_dir / DATA).is_file()
-    cache = cache_of(config.data)
+    cache = cache_for(config.data.packed, folder=config.data.cache_dir, gb=config.data.cache_gb)
     places = find_corpora(config.data.packed, cache)
     found = record_of(manifests_of(places, "train", config.data.packed, cache))
     data = read_data_record(run_dir) if begun else found

@@ -136,8 +136,8 @@ def shard_files(cache: ShardCache) -> list[str]:
 
 
 def on_disk(root: Path) -> int:
-    """Bytes of the files below `root`, which others may be removing."""
-    return sum(at.st_size for p in root.rglob("*") if (at := remote._stat(p)))
+    """Bytes of the files below `root`, which others may be removing, or giving another name: each counts once."""
+    return sum({at.st_ino: at.st_size for p in root.rglob("*") if (at := remote._stat(p))}.values())
 
 
 def child(script: str, *args: object) -> subprocess.Popen[str]:
