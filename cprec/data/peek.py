@@ -6,6 +6,7 @@ lengths are counted over at most `MOST_ROWS` rows, evenly spread; verifying read
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cprec.errors import DataError, n_of, raise_all
-from cprec.format import ITEM_BITS, MANIFEST, Manifest, PackedCorpus, Row, list_corpora, read_manifest
+from cprec.format import ITEM_BITS, MANIFEST, Manifest, PackedCorpus, Row, Tokens, list_corpora, read_manifest
 from cprec.log import progress
 from cprec.tokenizer import TRAINED, Tokenizer, load_tokenizer
 
@@ -24,13 +25,17 @@ MOST_ROWS = 20_000
 BAR = 40
 """Width of the longest bar, in characters."""
 N_BINS = 12
+CONTROL = "⟦{}⟧"
+"""A control token in a row's text; these two brackets in the text itself are written as escapes."""
+_CONTROLS = re.compile("(⟦[^⟧]*⟧)")
 FILLS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
 """Lower borders of the classes of how full a row is; the last is only what is full."""
 
 
 @dataclass(frozen=True)
 class Ink:
-    """How things are told apart: by colour on a terminal, by plain marks elsewhere."""
+    """How things are told apart: by colour on a terminal, by plain marks elsewhere. Control tokens have their marks on
+    both, and are reversed on a terminal."""
 
     has_colour: bool
 
@@ -51,7 +56,8 @@ class Ink:
     def _each_line(self, text: str, code: str) -> str:
         if not self.has_colour:
             return text
-        return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else line for line in text.split("\n"))
+        return "\n".join("".join(f"\x1b[{code}{';7' * (n % 2)}m{part}\x1b[0m" for n, part in
+                                 enumerate(_CONTROLS.split(line)) if part) for line in text.split("\n"))
 
 
 def find_corpora(path: str | Path) -> list[Path]:
@@ -122,7 +128,8 @@ def _verdict(m: Manifest) -> str:
 
 
 def show_row(corpus: PackedCorpus, i: int, *, tokenizer: Tokenizer, ink: Ink) -> Iterator[str]:
-    """Row `i` as text, document by document, control tokens shown. Raises DataError when there is no such row."""
+    """Row `i` as text, document by document, control tokens marked. Of a document that does not stand in this row
+    alone (`pack.mode: concat`) it says on which side the rest is. Raises DataError when there is no such row."""
     if not 0 <= i < len(corpus):
         raise DataError(f"{corpus.folder}: no row {i}; it has rows 0 to {len(corpus) - 1}")
     row = corpus[i]
@@ -136,10 +143,20 @@ def show_row(corpus: PackedCorpus, i: int, *, tokenizer: Tokenizer, ink: Ink) ->
         history, first = divmod(int(doc_id), 1 << ITEM_BITS)
         origin = (f"history {history} from item {first}" if corpus.manifest.template else
                   f"text {history}, piece {first}")
-        yield ink.border(f"──── document {n}: {origin}, {n_of(n_tokens, 'token')} {'─' * 20}")
+        rest = [side for side, is_there in (
+            ("goes on from the row before", n == 0 and _is_at(corpus, i - 1, -1, doc_id)),
+            ("cut, goes on in the next row", n == len(lens) - 1 and _is_at(corpus, i + 1, 0, doc_id))) if is_there]
+        yield ink.border(f"──── document {n}: {', '.join([origin, *rest])}, {n_of(n_tokens, 'token')} "
+                         f"{'of it here ' if rest else ''}{'─' * 20}")
         yield "".join(_document_text(row, inside, n, tokenizer=tokenizer, ink=ink)).removesuffix("\n")
     if row.n_pad:
-        yield ink.border(f"──── padding: {row.n_pad} times id {row.input_ids[-1]} {'─' * 20}")
+        pad = row.input_ids[-1:]
+        yield ink.border(f"──── padding: {row.n_pad} times {_readable(pad, tokenizer)}, id {pad[0]} {'─' * 20}")
+
+
+def _is_at(corpus: PackedCorpus, i: int, place: int, doc_id: np.int64) -> bool:
+    """Whether row `i`, if there is one, has the document at that place among its own."""
+    return 0 <= i < len(corpus) and bool(corpus[i].doc_ids[place] == doc_id)
 
 
 def _document_text(row: Row, inside: slice, n: int, *, tokenizer: Tokenizer, ink: Ink) -> Iterator[str]:
@@ -147,18 +164,36 @@ def _document_text(row: Row, inside: slice, n: int, *, tokenizer: Tokenizer, ink
     ids = row.input_ids[inside]
     mask = row.loss_mask
     if mask is None:
-        yield ink.document(printable(tokenizer.decode(ids.tolist())), n)
+        yield ink.document(_readable(ids, tokenizer), n)
         return
     is_learned = np.asarray(mask[inside], dtype=bool)
-    borders = [0, *(np.flatnonzero(np.diff(is_learned)) + 1).tolist(), len(ids)]
-    for start, end in pairwise(borders):
-        text = printable(tokenizer.decode(ids[start:end].tolist()))
+    for start, end in pairwise(_changes(is_learned)):
+        text = _readable(ids[start:end], tokenizer)
         yield ink.learned(text) if is_learned[start] else ink.dim(text)
 
 
+def _readable(ids: Tokens, tokenizer: Tokenizer) -> str:
+    """The text of the ids with control tokens in their marks: what a title only spells like one has none."""
+    is_control = np.isin(ids, [*tokenizer.control_ids])
+    parts: list[str] = []
+    for start, end in pairwise(_changes(is_control)):
+        if is_control[start]:
+            parts += [CONTROL.format(printable(tokenizer.decode([i]))) for i in ids[start:end].tolist()]
+        else:
+            parts.append(printable(tokenizer.decode(ids[start:end].tolist())))
+    return "".join(parts)
+
+
+def _changes(flags: npt.NDArray[np.bool_]) -> list[int]:
+    """Places where runs of equal flags begin, and the end."""
+    return [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
+
+
 def printable(text: str) -> str:
-    """The text with control characters, which could steer a terminal, written as escapes; line breaks stay."""
-    return "".join(c if c == "\n" or not _is_control(c) else c.encode("unicode_escape").decode() for c in text)
+    """The text with control characters, which could steer a terminal, and the marks of control tokens written as
+    escapes; line breaks stay."""
+    return "".join(c if c == "\n" or not (_is_control(c) or c in CONTROL.format("")) else
+                   c.encode("unicode_escape").decode() for c in text)
 
 
 def _is_control(c: str) -> bool:

@@ -172,7 +172,7 @@ def test_the_vocabularies_encode_as_their_own_libraries_do(name: str, package: s
     if name == vocabularies.SMALL:
         import sentencepiece
 
-        model = vocabularies._file_of(package, "mistral_common/data/tokenizer.model.v1")
+        model = vocabularies.file_of(package, "mistral_common/data/tokenizer.model.v1")
         assert ids == sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(text)
     else:
         assert fast.get_vocab_size() == 151_646 and fast.decode(ids) == text

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import shops
 
 from cprec.data import peek
 from cprec.errors import DataError
 from cprec.format import ITEM_BITS, PackedCorpus, Row
 from cprec.tokenizer import load_tokenizer
+from data_prep.pipeline import prepare
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLAIN, COLOUR = peek.Ink(has_colour=False), peek.Ink(has_colour=True)
@@ -42,14 +44,14 @@ def test_a_row_is_shown_as_the_lines_of_its_documents_items(prepared: Path, mixe
         history, first = divmod(int(doc_id), 1 << ITEM_BITS)
         n_items = body.count("\n") - 1  # a line each, below the lead-in
         items = histories[history][first:first + n_items]
-        assert body.removesuffix("\n").endswith("\n" + "".join(lines[i] for i in items) + "</s>"), n
+        assert body.removesuffix("\n").endswith("\n" + "".join(lines[i] for i in items) + "⟦</s>⟧"), n
         assert f"document {n}: history {history} from item {first}, {row.doc_lens[n]} tokens" in shown
 
 
 def test_neighbouring_documents_differ_in_colour_and_every_colour_ends_with_its_line(mixed: PackedCorpus) -> None:
     i = of_several_documents(mixed)
     shown = "\n".join(peek.show_row(mixed, i, tokenizer=peek.tokenizer_of(mixed), ink=COLOUR))
-    assert "\x1b[33m" in shown and "\x1b[36m" in shown
+    assert "\x1b[33m" in shown and "\x1b[36m" in shown and "\x1b[36;7m⟦</s>⟧\x1b[0m" in shown
     for line in shown.split("\n"):
         assert line.endswith("\x1b[0m") or "\x1b" not in line
     plain = "\n".join(peek.show_row(mixed, i, tokenizer=peek.tokenizer_of(mixed), ink=PLAIN))
@@ -68,6 +70,49 @@ def test_a_loss_mask_is_marked_in_the_text(tiny_tokenizer: str) -> None:
 
 def test_control_characters_in_a_text_cannot_steer_the_terminal() -> None:
     assert peek.printable("a\x1b[2Jb\nc\x07d\x9be é 東") == "a\\x1b[2Jb\nc\\x07d\\x9be é 東"
+
+
+@pytest.mark.parametrize("ink", [PLAIN, COLOUR], ids=["plain", "colour"])
+@pytest.mark.parametrize("name", ["tiny_tokenizer", "mistral_tokenizer", "qwen_tokenizer"])
+def test_a_control_token_is_told_from_a_title_that_spells_it(
+        name: str, ink: peek.Ink, request: pytest.FixtureRequest) -> None:
+    tokenizer = load_tokenizer(request.getfixturevalue(name))
+    eos = tokenizer.decode([tokenizer.eos_id])
+    given = [*tokenizer.encode_start("Bag:\n"), *tokenizer.encode_after("x\n", [f"Knot {eos} ⟦{eos}⟧\n"])[0]]
+    ids = np.array([*given, tokenizer.eos_id, *[tokenizer.pad_id] * 3], np.uint32)
+    row = Row(input_ids=ids, doc_ids=np.array([0]), n_pad=3, n_labels=len(given),
+              doc_lens=np.array([len(given) + 1, 3], np.int32))
+    shown = "".join(peek._document_text(row, slice(0, len(given) + 1), 0, tokenizer=tokenizer, ink=ink))
+    bos = "" if tokenizer.bos_id is None else "⟦<s>⟧"
+    text = rf"Bag:\nKnot {eos} \u27e6{eos}\u27e7".replace(r"\n", "\n")
+    assert re.sub(r"\x1b\[[0-9;]*m", "", shown) == f"{bos}{text}\n⟦{eos}⟧"
+    assert shown.count("\x1b[33;7m") == (ink.has_colour and (bos != "") + 1)
+
+
+@pytest.fixture(scope="module")
+def end_to_end(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> PackedCorpus:
+    """The shops, their documents laid end to end and cut where a row ends."""
+    values = shops.config_values(raw, tmp_path_factory.mktemp("concat") / "out")
+    values["pack"] |= {"mode": "concat"}
+    prepare(shops.config(values))
+    return PackedCorpus(Path(values["out"]) / "packed" / "mixed")
+
+
+def test_a_document_over_two_rows_says_in_both_where_its_rest_is(end_to_end: PackedCorpus, mixed: PackedCorpus) -> None:
+    whole = {int(d): int(n) for row in mixed for d, n in zip(row.doc_ids, row.real_doc_lens, strict=True)}
+    tokenizer = peek.tokenizer_of(end_to_end)
+    n_cut, is_inside = 0, False  # of a document that the row before did not end
+    for i, row in enumerate(end_to_end):
+        shown = "\n".join(peek.show_row(end_to_end, i, tokenizer=tokenizer, ink=PLAIN))
+        borders = re.findall(r"──── document .*", shown)
+        ends = [body.removesuffix("\n").endswith("⟦</s>⟧") for body in re.split(r"──── .*\n?", shown)[1:] if body]
+        assert ["goes on from the row before" in b for b in borders] == [is_inside] + [False] * (len(borders) - 1)
+        assert ["cut, goes on in the next row" in b for b in borders] == [not e for e in ends]
+        is_whole = [whole[int(d)] == n for d, n in zip(row.doc_ids, row.real_doc_lens, strict=True)]
+        assert ["of it here" not in b for b in borders] == is_whole
+        is_inside = not ends[-1]
+        n_cut += is_inside
+    assert n_cut > len(end_to_end) / 2 and not is_inside  # borders of documents seldom fall on those of rows
 
 
 def test_the_manifest_is_told_with_its_audit(mixed: PackedCorpus) -> None:

@@ -305,11 +305,11 @@ def test_a_path_that_means_nothing_is_one_clear_error(path: str, message: str) -
         find(path)
 
 
-@pytest.mark.skipif("s3fs" in {d.name.lower() for d in __import__("importlib.metadata").metadata.distributions()},
-                    reason="the package s3fs is installed")
+@pytest.mark.skipif("gcsfs" in {d.name.lower() for d in __import__("importlib.metadata").metadata.distributions()},
+                    reason="the package gcsfs is installed")
 def test_a_url_of_a_storage_whose_package_is_missing_says_what_to_install() -> None:
-    with pytest.raises(DataError, match=r"s3://b/x\.csv: .*run: pip install 'cprec\[s3\]'"):
-        find("s3://b/x.csv")
+    with pytest.raises(DataError, match=r"gs://b/x\.csv: .*run: pip install 'cprec\[gcs\]'"):
+        find("gs://b/x.csv")
 
 
 def test_a_url_is_streamed_hashed_and_kept_while_its_store_says_it_is_the_same(tmp_path: Path) -> None:
