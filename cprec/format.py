@@ -33,6 +33,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -302,6 +303,14 @@ def file_hash(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def check_hash(path: Path, info: ShardInfo) -> None:
+    """Raise DataError when the file's hash is not the one that its manifest says."""
+    found = file_hash(path)
+    if found != info.xxh3_128:
+        raise DataError(f"{path} has hash {found}, its manifest says {info.xxh3_128}: its bytes were altered; delete "
+                        f"it and run launch/prepare.py again, which makes this file anew")
+
+
 def list_corpora(packed: str | os.PathLike[str]) -> list[str]:
     """Names of the finished corpora below `packed`, sorted."""
     return sorted(str(p.parent.relative_to(packed)) for p in Path(packed).rglob(MANIFEST))
@@ -449,26 +458,27 @@ class Shard:
 
     def __init__(self, path: Path, info: ShardInfo, manifest: Manifest, *, at_random: bool) -> None:
         self.path = path
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._map = _map(path)
         batch = _open_batch(pa.py_buffer(self._map), path)
-        if at_random:  # or the kernel reads 32 pages around each that is wanted
-            self._map.madvise(mmap.MADV_RANDOM)
+        _check_columns(batch, path, info, manifest)
         ids = _values(batch["input_ids"].values, manifest.dtype)
         self.input_ids: Tokens = ids.reshape(info.rows, manifest.seq_len)
         self._doc_lens, self._len_offsets = self._ragged(batch["doc_lens"], "int32")
         self._doc_ids, self._id_offsets = self._ragged(batch["doc_ids"], "int64")
         self._n_pad, self._n_labels = (_values(batch[name], "int32").data for name in ("n_pad", "n_labels"))
-        if ("loss_mask" in batch.schema.names) != manifest.has_loss_mask:
-            raise DataError(f"shard {path} and its manifest disagree: has_loss_mask={manifest.has_loss_mask}, columns "
-                            f"{', '.join(batch.schema.names)}; prepare the corpus again")
         self._loss_mask = batch["loss_mask"] if manifest.has_loss_mask else None
         self._tokens_at = self.input_ids.ctypes.data - np.frombuffer(self._map, dtype=np.uint8, count=1).ctypes.data
         self._row_bytes = self.input_ids.itemsize * manifest.seq_len
+        if at_random:  # or the kernel reads 32 pages around each that is wanted
+            self._advise(mmap.MADV_RANDOM, self._tokens_at, ids.nbytes)
 
     @staticmethod
     def _ragged(column: pa.ListArray, dtype: str) -> tuple[npt.NDArray[Any], memoryview]:
         return _values(column.values, dtype), _values(column.offsets, "int32").data
+
+    def _advise(self, what: int, start: int, n_bytes: int) -> None:
+        first = start & -mmap.PAGESIZE
+        self._map.madvise(what, first, start + n_bytes - first)
 
     def row(self, i: int) -> Row:
         """Its row i, as views."""
@@ -479,45 +489,98 @@ class Shard:
 
     def will_need(self, i: int) -> None:
         """Have the kernel start to read row i's tokens."""
-        start = self._tokens_at + i * self._row_bytes
-        first = start & -mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, first, start + self._row_bytes - first)
+        self._advise(mmap.MADV_WILLNEED, self._tokens_at + i * self._row_bytes, self._row_bytes)
 
     def release(self) -> None:
         """Give back the pages that were read: they leave this process, not the page cache."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
-_MOST_OPEN = max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16)
-_opened: deque[tuple[weakref.ref[PackedCorpus], int]] = deque()
-"""Shards that this process has open, oldest first: each holds a file descriptor."""
-_opening = threading.Lock()
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _check_columns(batch: pa.RecordBatch, path: Path, info: ShardInfo, manifest: Manifest) -> None:
+    """Raise DataError when the shard does not hold what its manifest says."""
+    if ("loss_mask" in batch.schema.names) != manifest.has_loss_mask:
+        raise DataError(f"shard {path} and its manifest disagree: has_loss_mask={manifest.has_loss_mask}, columns "
+                        f"{', '.join(batch.schema.names)}; prepare the corpus again")
+    tokens = batch.schema.field("input_ids").type
+    found = f"{batch.num_rows} rows of {tokens.list_size} {tokens.value_type}"
+    if found != f"{info.rows} rows of {manifest.seq_len} {manifest.dtype}":
+        raise DataError(f"shard {path} has {found}, its manifest says {info.rows} rows of {manifest.seq_len} "
+                        f"{manifest.dtype}; prepare the corpus again")
+
+
+class _Facts:
+    """The mapped `rows.npy` of a corpus."""
+
+    def __init__(self, path: Path, n_rows: int) -> None:
+        with path.open("rb") as file:
+            try:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+            except ValueError as e:
+                raise DataError(f"{path} is not readable: {e}; run launch/prepare.py again") from None
+            if (shape, dtype) != ((n_rows,), FACTS):
+                raise DataError(f"{path} holds {shape} x {dtype}, its manifest says {n_rows} rows of {FACTS}; prepare "
+                                f"the corpus again")
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.of = np.frombuffer(self._map, FACTS, n_rows, file.tell())
+        self._map.madvise(mmap.MADV_RANDOM)
+
+    def release(self) -> None:
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
 Fetch = Callable[[ShardInfo], Path]
 T = TypeVar("T")
+_MOST_FILES = 65_536
+_MOST_OPEN = 4096
+"""Shards that a process has open at most: some 10 KB each, a file descriptor and a mapping, of which Linux allows a
+process 65,530."""
+_open_shards: deque[tuple[weakref.ref[PackedCorpus], int]] = deque()
+"""Of all corpora of this process, oldest first."""
+_opening = threading.Lock()
+
+
+@cache
+def _most_open() -> int:
+    """`_MOST_OPEN`, or half of the file descriptors that this process may have. Of those it first takes what it may:
+    most systems begin with 1,024 and allow many more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return _MOST_OPEN if soft == resource.RLIM_INFINITY else min(_MOST_OPEN, soft // 2)
 
 
 class PackedCorpus:
-    """Random access to the rows of one packed corpus. Opening checks the manifest and every shard's size.
+    """Random access to the rows of one packed corpus. Opening checks the manifest and every file's size.
 
     `fetch` gives the local path of a file when it is first read, from any thread; `folder` then needs only the
     manifest, and who fetches answers for the bytes. A fetched shard may be evicted at any time: before it is opened it
     is fetched again, and a mapped one is let go of when the next is opened, since until then it takes room.
-    `at_random`: rows are read in no order, so that nothing around them is worth reading ahead.
-    Resident memory is bounded: shards are opened when they are read, the oldest is closed when half of the process's
-    file descriptors are used, and pages are given back after every `RELEASE_BYTES`.
+    `at_random`: rows are read in no order, so that nothing around them is worth reading ahead. `manifest`: that of the
+    folder, where it has been read already.
+    Resident memory is bounded: shards are opened when they are read, the oldest is closed when there are too many, and
+    pages are given back after every `RELEASE_ROWS` (the kernel maps more around each row than the row).
     """
 
-    RELEASE_BYTES = 64 << 20
+    RELEASE_ROWS = 1024
 
-    def __init__(self, folder: str | os.PathLike[str], *, fetch: Fetch | None = None, at_random: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, fetch: Fetch | None = None, at_random: bool = False,
+                 manifest: Manifest | None = None) -> None:
         self.folder = Path(folder)
-        self.manifest = read_manifest(folder)
+        self.manifest = manifest or read_manifest(folder)
         self._fetch, self._at_random = fetch, at_random
         self._ends = list(itertools.accumulate(s.rows for s in self.manifest.shards))
         self._shards: dict[int, Shard] = {}
-        self._facts: npt.NDArray[np.void] | None = None
-        self._row_bytes = self.manifest.seq_len * np.dtype(self.manifest.dtype).itemsize
-        self._unreleased = 0
+        self._touched: set[Shard] = set()
+        self._facts: _Facts | None = None
+        self._n_read = 0
         if fetch is None:
             self._check_sizes()
 
@@ -527,13 +590,13 @@ class PackedCorpus:
             size = path.stat().st_size if path.is_file() else -1
             if size != info.bytes:
                 found = f"has {size} bytes" if size >= 0 else "is missing"
-                raise DataError(f"shard {path} {found}, its manifest says {info.bytes} bytes: the corpus was altered; "
-                                f"run launch/prepare.py again, which makes this shard anew")
+                raise DataError(f"{path} {found}, its manifest says {info.bytes} bytes: the corpus was altered; run "
+                                f"launch/prepare.py again, which makes this file anew")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}, "_facts": None}  # maps do not travel to another process
+    def __getstate__(self) -> dict[str, Any]:  # maps do not travel to another process
+        return self.__dict__ | {"_shards": {}, "_touched": set(), "_facts": None}
 
-    def _opened(self, info: ShardInfo, opener: Callable[[Path], T]) -> T:
+    def _open_file(self, info: ShardInfo, opener: Callable[[Path], T]) -> T:
         """What `opener` makes of a file: again, if it is evicted between being fetched and being opened."""
         while self._fetch:
             with suppress(FileNotFoundError):
@@ -543,16 +606,23 @@ class PackedCorpus:
     def _open(self, number: int) -> Shard:
         info = self.manifest.shards[number]
         if self._fetch:
-            self._shards = {n: shard for n, shard in self._shards.items() if shard.path.exists()}
-        shard = self._opened(info, lambda path: Shard(path, info, self.manifest, at_random=self._at_random))
+            for n in [n for n, shard in list(self._shards.items()) if not shard.path.exists()]:
+                self._close(n)
+        shard = self._open_file(info, lambda path: Shard(path, info, self.manifest, at_random=self._at_random))
         with _opening:
             self._shards[number] = shard
-            _opened.append((weakref.ref(self), number))
-            while len(_opened) > _MOST_OPEN:
-                owner, oldest = _opened.popleft()
+            _open_shards.append((weakref.ref(self), number))
+            while len(_open_shards) > _most_open():
+                owner, oldest = _open_shards.popleft()
                 if corpus := owner():
-                    corpus._shards.pop(oldest, None)
+                    corpus._close(oldest)
         return shard
+
+    def _close(self, number: int) -> None:
+        """Forget a shard; it is unmapped when the last view of its rows is gone."""
+        shard = self._shards.pop(number, None)
+        if shard is not None:
+            self._touched.discard(shard)
 
     def _place(self, i: int) -> tuple[int, int]:
         """Number of row i's shard, and its place there."""
@@ -573,10 +643,11 @@ class PackedCorpus:
         return self.manifest.shards[number].file, place
 
     def __getitem__(self, i: int) -> Row:
-        self._unreleased += self._row_bytes
-        if self._unreleased > self.RELEASE_BYTES:
+        self._n_read += 1
+        if self._n_read > self.RELEASE_ROWS:
             self.release()
         shard, place = self._find(i)
+        self._touched.add(shard)
         return shard.row(place)
 
     def __iter__(self) -> Iterator[Row]:
@@ -585,28 +656,27 @@ class PackedCorpus:
     def facts(self, rows: Ints) -> npt.NDArray[np.void]:
         """`FACTS` of the rows, (n,): cost, labels, padding. Reads neither tokens nor shards."""
         if self._facts is None:
-            self._facts = self._opened(self.manifest.row_facts, lambda path: np.load(path, mmap_mode="r"))
-        return np.asarray(self._facts[rows])
+            self._facts = self._open_file(self.manifest.row_facts, lambda path: _Facts(path, len(self)))
+        return self._facts.of[rows]
 
     def will_need(self, i: int) -> None:
-        """Have the kernel start to read row i from the disk; does not wait for it."""
+        """Have the kernel start to read row i from the disk; waits only for a shard that has to be fetched."""
         shard, place = self._find(i)
         shard.will_need(place)
 
     def release(self) -> None:
         """Give back the pages of all rows that were read; arrays that are views of them stay valid."""
-        self._unreleased = 0
-        for shard in list(self._shards.values()):
+        self._n_read = 0
+        touched, self._touched = self._touched, set()
+        for shard in touched:
             shard.release()
+        if self._facts:
+            self._facts.release()
 
-    def verify(self, file: ShardInfo | None = None) -> None:
-        """Compare the hash of every file, or of one, with the manifest's. Raises DataError naming an altered one."""
-        for info in [file] if file else self.manifest.files:
-            path = self._fetch(info) if self._fetch else self.folder / info.file
-            found = file_hash(path)
-            if found != info.xxh3_128:
-                raise DataError(f"shard {path} has hash {found}, its manifest says {info.xxh3_128}: its bytes were "
-                                f"altered; delete it and run launch/prepare.py again, which makes this shard anew")
+    def verify(self) -> None:
+        """Compare the hash of every file with the manifest's. Raises DataError naming an altered one."""
+        for info in self.manifest.files:
+            check_hash(self._fetch(info) if self._fetch else self.folder / info.file, info)
 
 
 def row_cost(doc_lens: Sequence[int] | npt.NDArray[np.int32]) -> int:

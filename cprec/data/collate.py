@@ -55,7 +55,7 @@ class Batch:
         }
         return replace(self, **moved)
 
-    def pin(self) -> Batch:
+    def pin_memory(self) -> Batch:
         """The batch in page-locked memory; what lies there already is not copied."""
         pinned: dict[str, Any] = {
             f.name: getattr(self, f.name).pin_memory()
@@ -67,8 +67,6 @@ class Batch:
 class Memory:
     """Where batches are written: page-locked for a GPU, else memory of earlier batches that nobody holds any more.
     Touching fresh memory costs several times what filling it does."""
-
-    MOST_KEPT = 8
 
     def __init__(self, *, pin: bool) -> None:
         self.pin = pin
@@ -82,13 +80,19 @@ class Memory:
             if block.shape[1] == n and sys.getrefcount(block) == _REFERENCES_WHEN_FREE:
                 return torch.from_numpy(block)
         block = np.empty((3, n), dtype=np.int64)
-        if len(self._kept) < self.MOST_KEPT:
-            self._kept.append(block)
+        self._kept.append(block)
         return torch.from_numpy(block)
 
 
-_REFERENCES_WHEN_FREE = 3
-"""To a block: from the list, the loop's name and the question's argument. A tensor of it would be a fourth."""
+def _references_when_free() -> int:
+    """How often a block in a list is referred to where nobody else holds it, asked in the way of `Memory.take`: whether
+    the loop's name and the question's argument count differs between versions of Python."""
+    for block in [np.empty(0)]:
+        return sys.getrefcount(block)
+    raise AssertionError
+
+
+_REFERENCES_WHEN_FREE = _references_when_free()
 
 
 def collate(rows: Sequence[Row], corpus: Sequence[int], memory: Memory | None = None) -> Batch:
@@ -116,7 +120,7 @@ def collate(rows: Sequence[Row], corpus: Sequence[int], memory: Memory | None = 
         doc_ids=torch.from_numpy(_doc_ids(rows)),
         doc_corpus=torch.from_numpy(np.repeat(np.asarray(corpus, dtype=np.int64), n_lens)),
         n_valid=int(n_valid.sum()), n_valid_by_row=torch.from_numpy(n_valid), n_pad=sum(row.n_pad for row in rows))
-    return batch.pin() if memory and memory.pin else batch
+    return batch.pin_memory() if memory and memory.pin else batch
 
 
 def _count_up(positions: Tensor, borders: npt.NDArray[np.int32]) -> Tensor:

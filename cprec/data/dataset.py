@@ -7,7 +7,8 @@ batch, with the same rows in each step. Training reads `steps`; `PackedDataset` 
     dataset = PackedDataset.open("prepared/shop/packed", global_batch_size=64, micro_batch_size=8)
     for batch in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2): ...
 
-Costs: one prefetch thread, the batches of two steps; resident memory does not grow with the corpora.
+Costs: one prefetch thread, the batches of three steps (one in use, one ready, one in the making); resident memory
+does not grow with the corpora.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from cprec.format import FACTS, PackedCorpus
 Ints = npt.NDArray[np.int64]
 _BLOCK_ROWS = 4096
 """The sampler is asked for about so many positions at a time."""
+_RELEASE_ROWS = 256
+"""After so many rows the pages that were read are given back; the kernel maps some 200 KB around each."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class PackedDataset(IterableDataset[Batch]):
 
     def __init__(self, corpora: Sequence[PackedCorpus | None], sampler: Sampler, *, global_batch_size: int,
                  micro_batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank={rank}: with world_size={world_size} there are ranks 0 to {world_size - 1}")
         if global_batch_size % (micro_batch_size * world_size):
             raise ConfigError(f"global_batch_size={global_batch_size} does not divide by micro_batch_size="
                               f"{micro_batch_size} x world_size={world_size}; choose a multiple")
@@ -91,22 +96,24 @@ class PackedDataset(IterableDataset[Batch]):
         self.micro_batch_size = micro_batch_size
         self.rank, self.world_size = rank, world_size
         self._memory = Memory(pin=torch.cuda.is_available())
+        self._asked: tuple[int, StepRows] | None = None  # the step whose rows were asked for last
+        self._n_unreleased = 0
         self._next = 0  # of this rank's micro-batches since the beginning
 
     @classmethod
     def open(cls, packed: Packed, *, global_batch_size: int, micro_batch_size: int | None = None,
              mix: Mapping[str, float] | None = None, seed: int = 0, rank: int = 0,
-             world_size: int = 1, cache: ShardCache | None = None) -> PackedDataset:
+             world_size: int = 1, cache: ShardCache | None = None, allow_unaudited: bool = False) -> PackedDataset:
         """The training corpora below `packed` under one mixture (`resolve_mix`; default: in proportion to size).
 
         `micro_batch_size` defaults to all of a rank's rows; a URL needs a `cache`. Raises ConfigError or DataError.
         """
         places = find_corpora(packed, cache)
         manifests = manifests_of(places, "train", packed, cache)
-        check_alike(manifests, packed)
+        check_alike(manifests, packed, allow_unaudited=allow_unaudited)
         weights = resolve_mix(mix, {name: m.n_tokens for name, m in manifests.items()}, field="mix")
         sampler = Sampler(tuple(manifests), tuple(m.n_rows for m in manifests.values()),
-                          (Phase(0, quotas_of(list(weights.values()))),), seed)
+                          (Phase(0, quotas_of(list(weights.values()))),), int(seed))
         return cls(open_corpora(sampler, places, cache), sampler, global_batch_size=global_batch_size,
                    micro_batch_size=micro_batch_size or max(global_batch_size // world_size, 1),
                    rank=rank, world_size=world_size)
@@ -118,6 +125,12 @@ class PackedDataset(IterableDataset[Batch]):
 
     def step_rows(self, step: int) -> StepRows:
         """The step's rows over all ranks: the same set for every world size."""
+        asked = self._asked
+        if asked is None or asked[0] != step:
+            asked = self._asked = (step, self._deal(step))
+        return asked[1]
+
+    def _deal(self, step: int) -> StepRows:
         at = _positions(self.sampler, step, self.global_batch_size)
         facts = np.empty(self.global_batch_size, dtype=FACTS)
         for c in np.flatnonzero(np.bincount(at.corpus)).tolist():
@@ -134,21 +147,17 @@ class PackedDataset(IterableDataset[Batch]):
         return Step(batches, int(rows.n_labels.sum()), int(rows.n_pad.sum()), int(rows.cost.sum()))
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
-        """Every step from `first` to before `last`, prepared one ahead by a thread, and the rows of the one after it
-        asked for from the disk."""
-        def prepare(step: int) -> Step:
-            ready = self.step(step)
-            if step + 1 < last:
-                self._ask_for(step + 1)
-            return ready
-
+        """Every step from `first` to before `last`, prepared one ahead by a thread, which then has the rows of the step
+        after that brought from the disk."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="cprec-reader") as reader:
-            ahead: Future[Step] | None = reader.submit(prepare, first) if first < last else None
+            ahead: Future[Step] | None = reader.submit(self.step, first) if first < last else None
             for step in range(first, last):
                 assert ahead is not None
                 ready = ahead.result()
                 if step + 1 < last:
-                    ahead = reader.submit(prepare, step + 1)
+                    ahead = reader.submit(self.step, step + 1)
+                if step + 2 < last:
+                    reader.submit(self._ask_for, step + 2)  # what is wrong there will be told when it is read
                 yield ready
 
     def __iter__(self) -> Iterator[Batch]:
@@ -203,7 +212,17 @@ class PackedDataset(IterableDataset[Batch]):
         mine = rows.dealt[micro_step, :, self.rank]
         corpus = rows.corpus[mine].tolist()
         read = [self.corpus(c)[r] for c, r in zip(corpus, rows.row[mine].tolist(), strict=True)]
-        return collate(read, corpus, self._memory if get_worker_info() is None else None)
+        batch = collate(read, corpus, self._memory if get_worker_info() is None else None)
+        self._release(len(read))
+        return batch
+
+    def _release(self, n_read: int) -> None:
+        self._n_unreleased += n_read
+        if self._n_unreleased >= _RELEASE_ROWS:
+            self._n_unreleased = 0
+            for corpus in self.corpora:
+                if corpus is not None:
+                    corpus.release()
 
     def corpus(self, number: int) -> PackedCorpus:
         """The corpus of that number in the sampler. Raises DataError when a branch has it no more."""

@@ -17,7 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from cprec.errors import DataError, n_of, raise_all
-from cprec.format import ITEM_BITS, MANIFEST, Manifest, PackedCorpus, Row, Tokens, list_corpora, read_manifest
+from cprec.format import (
+    ITEM_BITS,
+    MANIFEST,
+    Manifest,
+    PackedCorpus,
+    Row,
+    Tokens,
+    check_hash,
+    list_corpora,
+    read_manifest,
+)
 from cprec.log import progress
 from cprec.tokenizer import TRAINED, Tokenizer, load_tokenizer
 
@@ -281,7 +291,7 @@ def verify(folders: Sequence[Path]) -> str:
     shards = [(corpus, info) for corpus in corpora for info in corpus.manifest.files]
     for corpus, info in progress(shards, total=len(shards), label="verify", unit="shard"):
         try:
-            corpus.verify(info)
+            check_hash(corpus.folder / info.file, info)
         except DataError as e:
             problems.append(str(e))
     raise_all(problems, of="packed data", error=DataError)

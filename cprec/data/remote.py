@@ -36,6 +36,7 @@ from cprec.format import (
     Manifest,
     PackedCorpus,
     ShardInfo,
+    check_hash,
     file_hash,
     read_manifest,
     replace_durably,
@@ -228,7 +229,7 @@ def verify_file(place: str | os.PathLike[str], info: ShardInfo, cache: ShardCach
     if is_url(str(place)):
         _needed(cache).verify(str(place), info)
     else:
-        PackedCorpus(place).verify(info)
+        check_hash(Path(place) / info.file, info)
 
 
 def _needed(cache: ShardCache | None) -> ShardCache:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from cprec.format import (
     PackedCorpus,
     PackedRows,
     Row,
-    Shard,
     TokenizerInfo,
     row_cost,
     write_manifest,
@@ -230,7 +230,7 @@ def test_a_batch_that_is_held_keeps_its_values_while_memory_of_others_is_used_ag
 def test_no_more_shards_stay_open_than_the_process_may_have_files(
         packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [row.input_ids.tolist() for row in PackedCorpus(packed / "a")]
-    monkeypatch.setattr("cprec.format._MOST_OPEN", 2)
+    monkeypatch.setattr("cprec.format._most_open", lambda: 2)
     corpus = PackedCorpus(packed / "a")
     files = Path("/proc/self/fd")
     before = len(list(files.iterdir()))
@@ -239,15 +239,57 @@ def test_no_more_shards_stay_open_than_the_process_may_have_files(
         assert len(list(files.iterdir())) <= before + 2
 
 
-def test_pages_that_were_read_are_given_back_and_views_of_them_stay_valid(
-        packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PackedCorpus, "RELEASE_BYTES", 3 * tiny.SEQ_LEN * 2)
-    released = []
-    monkeypatch.setattr(Shard, "release", lambda self, real=Shard.release: (released.append(self), real(self)))
+def resident_kb(path: Path) -> int:
+    """Of the file's mappings, how much is in this process's memory."""
+    mapped, kb = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            mapped = line.endswith(str(path))
+        elif mapped and line.startswith("Rss:"):
+            kb += int(line.split()[1])
+    return kb
+
+
+def test_pages_that_were_read_are_given_back_and_views_of_them_stay_valid(packed: Path, tmp_path: Path) -> None:
+    packed = copy(packed, tmp_path).parent  # others may have mapped the fixture's
     corpus = PackedCorpus(packed / "a", at_random=True)
     rows = [corpus[i] for i in range(37)]
-    assert len(released) >= 10
+    costs = corpus.facts(np.arange(37))["cost"].tolist()
+    shard = packed / "a" / "shard-00001.arrow"
+    assert resident_kb(shard) > 0 and resident_kb(packed / "a" / "rows.npy") > 0
+    corpus.release()
+    assert resident_kb(shard) == resident_kb(packed / "a" / "rows.npy") == 0
     assert [r.input_ids.tolist() for r in rows] == [r.input_ids.tolist() for r in PackedCorpus(packed / "a")]
+    assert costs == [row_cost(r.doc_lens) for r in rows]
+
+
+def test_a_dataset_gives_its_pages_back_while_it_reads(
+        packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy(packed, tmp_path)
+    reader = PackedDataset.open(tmp_path, global_batch_size=16)
+    reader.step(0)
+    assert sum(resident_kb(folder / f"shard-{i:05d}.arrow") for i in range(4)) > 0
+    monkeypatch.setattr("cprec.data.dataset._RELEASE_ROWS", 16)
+    for step in range(3):
+        reader.step(step)
+        assert sum(resident_kb(folder / f"shard-{i:05d}.arrow") for i in range(4)) == 0
+
+
+@pytest.mark.parametrize(("what", "found"), [
+    ({"dtype": "uint32"}, "has 10 rows of 64 uint16, its manifest says 10 rows of 64 uint32"),
+    ({"seq_len": 32}, "has 10 rows of 64 uint16, its manifest says 10 rows of 32 uint16")])
+def test_a_manifest_that_disagrees_with_its_shards_is_told(
+        packed: Path, tmp_path: Path, what: dict[str, object], found: str) -> None:
+    manifest = copy(packed, tmp_path) / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **what}))
+    with pytest.raises(DataError, match=found):
+        PackedCorpus(tmp_path / "a")[0]
+
+
+def test_a_rank_that_there_is_not_is_refused(packed: Path) -> None:
+    for rank in (-1, 2):
+        with pytest.raises(ConfigError, match=f"rank={rank}: with world_size=2 there are ranks 0 to 1"):
+            dataset(packed, rank=rank, world_size=2)
 
 
 def test_a_rows_facts_are_those_of_its_tokens(packed: Path, tmp_path: Path) -> None:
