@@ -247,7 +247,7 @@ class PackSettings(Settings):
     mode: PackMode = "best_fit"
     """`best_fit` cuts nothing; `concat` cuts documents where a row ends, as other stacks do; `one_per_row` pads."""
     seq_len: int = Field(default=1024, ge=16, lt=1 << 16)
-    shard_rows: Positive = 4096
+    shard_rows: Positive = 16384
     window: Positive = 1_000_000
     """Rounded to whole row groups of the histories (65,536). Documents tokenized whole, and plain text, are planned by
     single row groups, for each takes so much longer."""
