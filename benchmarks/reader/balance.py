@@ -64,6 +64,12 @@ class Spread:
     """As `before`, attention alone."""
     attention_after: float
 
+    @property
+    def has_choice(self) -> bool:
+        """Whether a rank has more than one row per step: with one, whoever gets the longest is the slowest, and no
+        dealing helps."""
+        return self.grad_accum_steps * self.micro_batch_size > 1
+
 
 def measure(packed: Path, names: list[str], *, seq_len: int, seed: int, model: Model | None = None) -> list[Spread]:
     """The spread of every setting, over the first steps of a run."""

@@ -178,13 +178,11 @@ class Datasets:
                 yield pa.table({"row": pa.FixedSizeListArray.from_arrays(values, shape.width)})
 
         folder.mkdir(parents=True, exist_ok=True)
-        parts = []
         for number, table in enumerate(tables()):
             path = folder / f"part-{number:05d}.arrow"
             with datasets.arrow_writer.ArrowWriter(path=str(path)) as writer:
                 writer.write_table(table)
                 writer.finalize()
-            parts.append(path)
 
     def batches(self, job: Job) -> Iterator[Finished]:
         import datasets

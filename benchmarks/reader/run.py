@@ -159,7 +159,8 @@ def _values(r: Result) -> dict[str, Any]:
 
 def headline(found: dict[str, Any]) -> dict[str, Any]:
     """The numbers that count, one value each; null: not measured. Of one and two processes the worse ratio counts;
-    of a library's ways (with a worker, without) the faster."""
+    of a library's ways (with a worker, without) the faster; of the spreads the worst, over the settings in which a rank
+    has more than one row per step."""
     cases = {c["case"]: {s["label"]: s for s in c["setups"] if s["failed"] is None} for c in found["cases"]}
     ratios: list[tuple[float, str]] = []
     for case in (MAIN, TWO):
@@ -179,7 +180,7 @@ def headline(found: dict[str, Any]) -> dict[str, Any]:
         known = OURS in setups and name in setups
         return round(setups[OURS]["rows_per_s"] / setups[name]["rows_per_s"], 3) if known else None
 
-    spreads = found.get("spread", [])
+    spreads = [s for s in found.get("spread", []) if balance.Spread(**s).has_choice]
     return {
         "rows_per_s_vs_fastest_library": round(worst[0], 2) if worst else None,
         "fastest_library": worst[1] if worst else None, "rows_per_s": of_ours(MAIN, "rows_per_s"),

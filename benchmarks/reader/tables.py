@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from benchmarks.reader.balance import Spread
+
 
 def tables(found: dict[str, Any]) -> str:
     """The machine, then one section per part that was measured."""
@@ -56,10 +58,23 @@ def same_rows(part: dict[str, dict[str, bool | str]]) -> Iterator[str]:
 
 
 def spread(part: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Slowest rank over the mean, before and after dealing."""
-    yield from head("Slowest rank over the mean, modelled FLOPs (Qwen2.5-1.5B)",
-                    ["ranks", "micro-steps a step", "rows a micro-batch", "as drawn", "as dealt", "worst as drawn",
-                     "worst as dealt", "attention alone, as drawn", "as dealt"])
+    """Slowest rank over the mean, before and after dealing; apart from the rest, where there is nothing to deal."""
+    title = "Slowest rank over the mean, modelled FLOPs (Qwen2.5-1.5B)"
+    shared, single = ([s for s in part if Spread(**s).has_choice is choice] for choice in (True, False))
+    yield from spread_table(title, shared)
+    if shared:
+        yield ""
+        yield (f"The worst of these, as drawn {max(s['before'] for s in shared):.4f} and as dealt "
+               f"{max(s['after'] for s in shared):.4f}, are the headline: settings in which a rank has more than one "
+               f"row per step.")
+    if single:
+        yield ""
+        yield from spread_table(f"{title}: one row per rank and step, nothing to deal, not in the headline", single)
+
+
+def spread_table(title: str, part: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield from head(title, ["ranks", "micro-steps a step", "rows a micro-batch", "as drawn", "as dealt",
+                            "worst as drawn", "worst as dealt", "attention alone, as drawn", "as dealt"])
     for s in part:
         yield row([f"{s['world_size']}", f"{s['grad_accum_steps']}", f"{s['micro_batch_size']}",
                    *(f"{s[name]:.4f}" for name in ("before", "after", "worst_before", "worst_after",

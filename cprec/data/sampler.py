@@ -1,7 +1,8 @@
 """Which row of which corpus stands at global position g: pure arithmetic, no index array, no state but g.
 
 Position g counts the rows that the run has consumed. The phase's mixing weights give each position its corpus, by
-quotas that never drift; a keyed permutation of the corpus per epoch gives the row. Any rank of any world size, and any
+quotas that never drift: from a phase's start to any position each corpus is within one row of its share, over a window
+from anywhere within two. A keyed permutation of the corpus per epoch gives the row. Any rank of any world size, and any
 tool, computes the same answer from (seed, phases, g). Memory: one pattern of 16,384 small integers per phase; nothing
 grows with the corpus.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -53,6 +54,9 @@ class Sampler:
     sizes: tuple[int, ...]
     phases: tuple[Phase, ...]
     seed: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", int(self.seed))  # numpy's 3 and Python's are one seed, but differ as text
 
     def rows(self, start: int, n: int) -> Position:
         """Positions `start` to `start + n`. Costs O(n), wherever `start` is."""
@@ -121,6 +125,29 @@ def quotas_of(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(int(q) for q in quotas)
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """A weight that PERIOD rows cannot hold: the corpus gets `quota` of them, its weight is `share` of all weights."""
+
+    corpus: int
+    share: float
+    quota: int
+
+
+def badly_rounded(weights: Sequence[float]) -> list[Rounded]:
+    """Each corpus whose quota is more than a tenth off its weight: few rows of PERIOD, or one where it wants less."""
+    total = sum(weights)
+    found = [Rounded(c, weight / total, quota) for c, (weight, quota) in
+             enumerate(zip(weights, quotas_of(weights), strict=True)) if weight > 0]
+    return [r for r in found if abs(r.quota - r.share * PERIOD) > 0.1 * r.share * PERIOD]
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that `pattern` (`specific/*`) means. What is itself a name means that corpus, also `a[1]`."""
+    known = list(names)
+    return [pattern] if pattern in known else fnmatch.filter(known, pattern)
+
+
 def resolve_mix(mix: Mapping[str, float] | None, tokens: Mapping[str, int], *, field: str) -> dict[str, float]:
     """Weight of every corpus by name; `mix` maps names or patterns (`specific/*`) to weights, None means by size.
 
@@ -130,7 +157,7 @@ def resolve_mix(mix: Mapping[str, float] | None, tokens: Mapping[str, int], *, f
     weights = dict.fromkeys(tokens, 0.0)
     problems: list[str] = []
     for pattern, weight in ({"*": 1.0} if mix is None else mix).items():
-        matched = fnmatch.filter(tokens, pattern)
+        matched = matching(pattern, tokens)
         if not matched:
             problems.append(f"{field}.{pattern}: no training corpus of that name; {did_you_mean(pattern, tokens)}")
         if not 0 <= weight < float("inf"):
@@ -151,10 +178,10 @@ def resolve_caps(max_epochs: Mapping[str, float], rows: Mapping[str, int], *, fi
     that matches nothing, and every corpus that two patterns match or that would get no row.
     """
     problems = [f"{field}.{pattern}: no training corpus of that name; {did_you_mean(pattern, rows)}"
-                for pattern in max_epochs if not fnmatch.filter(rows, pattern)]
+                for pattern in max_epochs if not matching(pattern, rows)]
     caps: list[int | None] = []
     for name, n_rows in rows.items():
-        found = [name] if name in max_epochs else [p for p in max_epochs if fnmatch.fnmatch(name, p)]
+        found = [name] if name in max_epochs else [p for p in max_epochs if name in matching(p, rows)]
         if len(found) > 1:
             problems.append(f"{field}: {' and '.join(repr(p) for p in found)} both match {name}; name it by itself")
         # a decimal fraction as it was written: 0.29 of 100 rows are 29, not floor(28.999...)
@@ -220,7 +247,8 @@ def permute(place: Ints, size: int, *, key: tuple[int, str, int]) -> Ints:
 
 @lru_cache(maxsize=256)
 def _round_keys(key: tuple[int, str, int]) -> tuple[np.uint64, ...]:
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
+    seed, name, epoch = key  # as Python's own: repr(numpy.int64(3)) is another text
+    digest = hashlib.blake2b(repr((int(seed), str(name), int(epoch))).encode(), digest_size=8 * ROUNDS).digest()
     return tuple(np.uint64(int.from_bytes(digest[i:i + 8], "little")) for i in range(0, len(digest), 8))
 
 
@@ -236,7 +264,9 @@ def _mix(x: Uints) -> Uints:
 def _pattern(quotas: tuple[int, ...]) -> tuple[Ints, Ints]:
     """Corpus at each position of one period, and how many of its rows came before it in the period: (PERIOD,) each.
 
-    The chairman assignment of Tijdeman (1980): after every position each corpus is within one row of its exact share.
+    The chairman assignment of Tijdeman (1980): after every position, counted from the phase's start, each corpus is
+    within one row of its exact share. Over a window that starts anywhere it is so at both ends: within two rows, and
+    exact over whole periods.
     """
     active = np.flatnonzero(quotas)
     q = np.asarray(quotas, dtype=np.int64)[active]

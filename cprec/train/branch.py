@@ -6,12 +6,12 @@ has `anneal` filled in and `parent` says where it came from, by path, step and h
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 
 from cprec.config import Length, ParentConfig, RunConfig
 from cprec.data.corpora import find_corpora, roots_of
+from cprec.data.sampler import matching
 from cprec.errors import CheckpointError, ConfigError, did_you_mean, raise_all
 from cprec.schedule import check_shape
 from cprec.train.checkpoint import (
@@ -88,9 +88,9 @@ def _check_mix(mix: dict[str, float] | None, trunk: RunConfig, data: Sequence[st
     added = {folder: list(find_corpora(folder)) for folder in data}
     known = [*(trunk.data.mix.stable or {}), *(name for names in added.values() for name in names)]
     problems = [f"--mix {name}: the run has no such corpus; {did_you_mean(name, known)}"
-                for name in sorted(mix or {}) if "*" not in name and name not in known]
+                for name in sorted(mix or {}) if not matching(name, known)]
     for folder, names in added.items():
-        if not any(weight > 0 and fnmatch.filter(names, pattern) for pattern, weight in (mix or {}).items()):
+        if not any(weight > 0 and {*names} & {*matching(pattern, known)} for pattern, weight in (mix or {}).items()):
             problems.append(f"--data {folder}: no --mix gives one of its corpora a weight, so nothing of it would be "
                             f"read; name {' or '.join(names) or 'a corpus'} with --mix, and all others that the "
                             f"annealing is to read")

@@ -7,6 +7,7 @@ phase) is a function of it.
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -15,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -23,40 +23,30 @@ import xxhash
 from cprec import dist
 from cprec.config import RunConfig
 from cprec.data.collate import collate
-from cprec.data.corpora import DATA, read_data_record, shown
 from cprec.data.dataset import PackedDataset, Step, open_corpora
 from cprec.data.remote import open_corpus, small_cache_warning, verify_file
 from cprec.data.sampler import permute
 from cprec.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DataError, DivergedError, raise_all
-from cprec.format import Manifest, write_atomically
+from cprec.format import Manifest
 from cprec.log import get_logger
 from cprec.log import progress as with_bar
 from cprec.process import only_writer
 from cprec.settings import dump_settings
 from cprec.train.checkpoint import (
-    CONFIG,
     Checkpoint,
     State,
     list_checkpoints,
     load_checkpoint,
     prune,
     read_checkpoint,
-    read_run_config,
     save_checkpoint,
 )
 from cprec.train.engine import Engine, StepResult
 from cprec.train.metrics import MetricsLog, TrainRecord, ValidationRecord, memory_gb, peak_flops
-from cprec.train.order import build_order
 from cprec.train.plan import Plan, build_plan
+from cprec.train.run_folder import check_run_folder, claim_run_folder
 
 log = get_logger(__name__)
-FREE_TO_CHANGE = ("run_dir", "checkpoint", "validation", "log_every", "max_bad_steps", "data.packed", "data.verify",
-                  "data.cache_dir", "data.cache_gb", "data.max_epochs", "data.when_dry", "batch.micro_batch_size",
-                  "model.attention",
-                  "model.activation_checkpointing")
-"""Fields that may differ when a run goes on: they change what is written or how it is computed, not what is trained.
-The run folder and the data may have moved: that they are the same is checked by what is in them. What `max_epochs` has
-decided up to now is checked by the rows that it gives."""
 
 
 @dataclass
@@ -169,61 +159,6 @@ def _run(plan: Plan, engine: Engine, dataset: PackedDataset, metrics: MetricsLog
             return False
         watch.next_step()
     return True
-
-
-def claim_run_folder(run_dir: Path, plan: Plan) -> None:
-    """Check the run folder, then write the resolved config and the data's record into it. Collective."""
-    check_run_folder(run_dir, plan)
-    dist.barrier()
-    if dist.rank() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / DATA, plan.data.model_dump_json(indent=1))
-        write_atomically(run_dir / CONFIG, dump_settings(plan.config))
-    dist.barrier()
-
-
-def check_run_folder(run_dir: Path, plan: Plan) -> None:
-    """Check that a run that has checkpoints in `run_dir` is this one, on the same data; and so with a branch's parent.
-
-    Raises ConfigError listing the fields that differ, or DataError naming the corpora that do. Writes nothing.
-    """
-    if any((run_dir / "checkpoints").glob("step_*")):
-        theirs = read_run_config(run_dir)
-        differing = [f"{field}: {old!r} in {run_dir / CONFIG}, {new!r} now"
-                     for field, old, new in _differences(theirs, plan.config)]
-        if differing:
-            listed = "\n  ".join(differing)
-            raise ConfigError(f"{run_dir} belongs to another run:\n  {listed}\ngive this one a run_dir of its own, or "
-                              f"start it with the old values")
-        _check_same_data(run_dir, plan, may_differ_in_names=False)
-        newest = list_checkpoints(run_dir)[-1:]
-        _check_same_rows(run_dir, plan, step=newest[0].state.step if newest else 0)
-    if plan.config.parent:
-        _check_same_data(Path(plan.config.parent.run_dir), plan, may_differ_in_names=True)
-        _check_same_rows(Path(plan.config.parent.run_dir), plan, step=plan.config.parent.step)
-
-
-def _check_same_data(run_dir: Path, plan: Plan, *, may_differ_in_names: bool) -> None:
-    """The packed data are those that the run in `run_dir` was trained on, by their shards' hashes; for a branch, as far
-    as both have them."""
-    known = {name: c.rows_hash for name, c in read_data_record(run_dir).corpora.items()}
-    found = {name: c.rows_hash for name, c in plan.data.corpora.items()}
-    names = {*known} & {*found} if may_differ_in_names else {*known, *found}
-    other = sorted(name for name in names if known.get(name) != found.get(name))
-    if other:
-        raise DataError(f"{', '.join(other)} below data.packed={shown(plan.config.data.packed)} are not what {run_dir} "
-                        f"was trained on; give it the corpora that it began with, or start a new run")
-
-
-def _check_same_rows(run_dir: Path, plan: Plan, *, step: int) -> None:
-    """Up to `step` the plan has the rows that the run in `run_dir` has read: what it goes on from is counted right."""
-    theirs = read_run_config(run_dir)
-    end = step * theirs.batch.global_batch_size
-    before = build_order(theirs, read_data_record(run_dir)).sampler
-    if (theirs.data.seed, before.phases_until(end)) != (plan.config.data.seed, plan.sampler.phases_until(end)):
-        raise ConfigError(f"data.max_epochs, data.when_dry, data.mix or data.seed of this run give other rows for "
-                          f"steps 1 to {step:,} than those that {run_dir} has read; let them be as they were up to "
-                          f"there ({run_dir / CONFIG})")
 
 
 def validate(plan: Plan, engine: Engine, step: int) -> ValidationRecord:
@@ -397,8 +332,9 @@ def _announce(plan: Plan, engine: Engine) -> None:
     shape = engine.model_shape
     log.info("%s: %.2fM parameters, %s, attention %s, ZeRO stage %d, on %s", plan.config.model.path,
              shape.n_params / 1e6, engine.dtype, engine.backend, engine.zero_stage, engine.device)
+    doubtful = plan.warnings() if dist.rank() == 0 else []  # one rank says it
     for line in plan.text().splitlines():
-        log.info("%s", line)
+        log.log(logging.WARNING if line.strip() in doubtful else logging.INFO, "%s", line)
 
 
 @contextmanager
@@ -411,22 +347,3 @@ def _asked_to_stop() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Dotted fields in which two resolved configs train differently. A trunk without annealing may grow longer."""
-    a, b = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
-    grows = old.schedule.anneal is None and new.schedule.anneal is None
-    free = (*FREE_TO_CHANGE, "schedule.total") if grows else FREE_TO_CHANGE
-    return [(k, a.get(k), b.get(k)) for k in sorted({*a, *b})
-            if a.get(k) != b.get(k) and not any(k == f or k.startswith(f + ".") for f in free)]
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

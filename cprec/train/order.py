@@ -17,7 +17,8 @@ from cprec.schedule import Schedule
 @dataclass(frozen=True)
 class Order:
     """When a run reads what. `mix` has the weight of every corpus in every phase; `sampler` honours `data.max_epochs`
-    up to the run's end and must not be asked beyond it."""
+    up to the run's end. Positions beyond it it knows too, since the reader computes them in blocks, but the caps do not
+    hold there, and no row of them is read."""
 
     schedule: Schedule
     mix: MixConfig

@@ -22,7 +22,7 @@ from cprec.data.corpora import (
     shown,
 )
 from cprec.data.remote import ShardCache
-from cprec.data.sampler import Sampler
+from cprec.data.sampler import PERIOD, Sampler, badly_rounded
 from cprec.errors import ConfigError, DataError, raise_all
 from cprec.format import Manifest
 from cprec.schedule import Schedule
@@ -100,7 +100,7 @@ class Plan:
         for name, size, b, a in zip(self.sampler.names, self.sampler.sizes, before, after, strict=True):
             gone = "" if name in self.train else "   only the trunk read it"
             lines.append(f"  {name:<24} {size:>10,}   {(a - b) / total:>8.3%}   {a - b:>10,}   {a / size:>6.2f}{gone}")
-        lines += self._dry_lines()
+        lines += [*(f"  {line}" for line in self.warnings()), *self._dry_lines()]
         steps = self.checkpoint_steps()
         shown = ", ".join(f"{n:,}" for n in steps[:6]) + (f", ... {steps[-1]:,}" if len(steps) > 6 else "")
         kept = [n for n in steps if self.is_kept(n)]
@@ -108,6 +108,25 @@ class Plan:
                      f"{len(kept)} of the stable phase for good")
         return "\n".join(lines)
 
+    def warnings(self) -> list[str]:
+        """Each corpus that the run reads a tenth more or less often than its weight says, and the way out."""
+        batch, s = self.config.batch.global_batch_size, self.sampler
+        epochs = self.sampler.drawn(self.schedule.total_steps * batch) / s.sizes
+        return [f"{s.names[r.corpus]} has {r.share:.2g} of the weights of data.mix.{phase}, but gets {r.quota} of "
+                f"every {PERIOD:,} rows, {r.quota / PERIOD:.2g}, and {epochs[r.corpus]:,.2f} epochs of its "
+                f"{s.sizes[r.corpus]:,} rows by the run's end; limit it with data.max_epochs, or name a mix "
+                f"in which it has weight 0, or 10/{PERIOD} and more"
+                for phase, weights in self._mixes().items() for r in badly_rounded(list(weights.values()))]
+
+    def _mixes(self) -> dict[str, dict[str, float]]:
+        """The mixtures that the run reads, by phase; of a branch not those of its trunk."""
+        mix, schedule = self.order.mix, self.schedule
+        annealing = mix.anneal if schedule.anneal else None
+        found = {"warmup": None if mix.warmup == mix.stable or schedule.warmup_steps == 0 else mix.warmup,
+                 "stable": mix.stable, "anneal": annealing}
+        if self.config.parent:
+            found = {"stable": mix.stable} if annealing is None else {"anneal": annealing}
+        return {phase: weights for phase, weights in found.items() if weights}
 
     def _dry_lines(self) -> list[str]:
         """In which step each corpus reaches its `max_epochs`, of those that do."""

@@ -30,7 +30,8 @@ SPECIFIC = "specific/"
 def open_run(run_dir: Path, *, step: int, world_size: int | None = None) -> PackedDataset:
     """The rows of the run in `run_dir`, in its order, for a look at `step`; the model is not needed.
 
-    `world_size` defaults to that of the newest checkpoint, or to 1. Raises CheckpointError without a config.yaml,
+    `world_size` defaults to that of the first checkpoint from `step` on, which the step was most likely read with, else
+    of the newest, else to 1. Raises CheckpointError without a config.yaml,
     ConfigError for a step or a world size that the run cannot have, DataError when the data are not the run's.
     """
     config = read_run_config(run_dir)
@@ -48,7 +49,8 @@ def open_run(run_dir: Path, *, step: int, world_size: int | None = None) -> Pack
     if not 1 <= step <= order.schedule.total_steps:
         raise ConfigError(f"--step {step}: {run_dir} has steps 1 to {order.schedule.total_steps:,}")
     saved = list_checkpoints(run_dir)
-    ranks = world_size if world_size is not None else saved[-1].state.world_size if saved else 1
+    nearest = next((c for c in saved if c.state.step >= step), saved[-1] if saved else None)
+    ranks = world_size if world_size is not None else nearest.state.world_size if nearest else 1
     if ranks < 1:
         raise ConfigError(f"--world-size {ranks}: give at least one rank")
     raise_all(check_batch(config.batch, ranks), of=f"{run_dir} on {ranks} ranks (--world-size)")
@@ -67,8 +69,9 @@ def show_step(dataset: PackedDataset, step: int, *, rank: int | None = None) -> 
     batch = dataset.global_batch_size
     first = (step - 1) * batch
     rows = dataset.step_rows(step - 1)
-    yield (f"step {step:,}: {batch:,} rows (positions {first:,} to {first + batch - 1:,}), world size "
-           f"{dataset.world_size}, {len(rows.dealt)} micro-steps of {dataset.micro_batch_size} rows per rank")
+    yield (f"step {step:,}: {batch:,} rows (positions {first:,} to {first + batch - 1:,}), {len(rows.dealt)} "
+           f"micro-steps, assuming world size {dataset.world_size} and micro batch {dataset.micro_batch_size}; if the "
+           f"run had others then, they dealt the same rows otherwise")
     unknown: set[str] = set()
     for m, r in product(range(len(rows.dealt)), range(dataset.world_size)):
         if rank in (None, r):

@@ -19,8 +19,8 @@ from cprec.format import Manifest, read_manifest, write_atomically, write_manife
 from cprec.settings import dump_settings
 from cprec.train.branch import branch_config
 from cprec.train.checkpoint import Checkpoint, State, checkpoint_name
-from cprec.train.loop import check_run_folder, claim_run_folder
 from cprec.train.plan import Plan, build_plan
+from cprec.train.run_folder import check_run_folder, claim_run_folder
 from cprec.train.steps import open_run, show_step
 
 
@@ -45,13 +45,13 @@ def more(world: dict[str, Any]) -> str:
     return str(Path(world["data"]["packed"]).parent / "more")
 
 
-def save(run_dir: Path, plan: Plan, step: int) -> Checkpoint:
+def save(run_dir: Path, plan: Plan, step: int, *, world_size: int = 2) -> Checkpoint:
     """What a run leaves at `step`, but the weights."""
     claim_run_folder(run_dir, plan)
     batch = plan.config.batch.global_batch_size
     state = State(step=step, tokens_seen=step * plan.tokens_per_step, rows_seen=step * batch, lr=1e-2, phase="stable",
-                  bad_steps=0, config_hash="", tokenizer_fingerprint="", world_size=2, zero_stage=3, parent=None,
-                  files={})
+                  bad_steps=0, config_hash="", tokenizer_fingerprint="", world_size=world_size, zero_stage=3,
+                  parent=None, files={})
     folder = run_dir / "checkpoints" / checkpoint_name(step)
     folder.mkdir(parents=True)
     write_atomically(folder / "state.json", state.model_dump_json())
@@ -78,6 +78,23 @@ def test_a_plan_says_in_which_step_a_corpus_runs_dry_and_what_to_do(world: dict[
                                           r"weight, shorten the run, raise its max_epochs, or set data.when_dry=redis"):
         plan_of(with_data(world, max_epochs={"mixed": 1}))
     assert plan_of(with_data(world, max_epochs={"mixed": 1.28})).sampler.drawn(96).tolist() == [32, 64]
+
+
+def test_a_weight_that_cannot_be_held_is_told_with_what_it_comes_to(world: dict[str, Any]) -> None:
+    # toys wants 1e-9 of the rows; one of 16,384 is the least there is, in the middle of the period: none of 96 rows
+    (said,) = plan_of(with_data(world, mix={"stable": {"mixed": 1, "specific/toys": 1e-9}})).warnings()
+    assert said.startswith("specific/toys has 1e-09 of the weights of data.mix.stable, but gets 1 of every 16,384 rows")
+    assert "6.1e-05, and 0.00 epochs of its 40 rows by the run's end; limit it with data.max_epochs" in said
+    plan = plan_of(with_data(world, mix={"stable": {"mixed": 1}, "warmup": {"mixed": 1, "specific/toys": 1e-9}}))
+    assert "data.mix.warmup" in plan.text() and len(plan.warnings()) == 1
+    assert plan_of(world).warnings() == []
+
+
+def test_a_branch_is_warned_of_the_mixture_that_it_reads_itself(world: dict[str, Any], tmp_path: Path) -> None:
+    rare = {"mixed": 1, "specific/toys": 1e-9}
+    parent = save(tmp_path / "run", plan_of(with_data(world, mix={"stable": rare})), 8)
+    assert len(plan_of(branch_of(parent)).warnings()) == 1
+    assert plan_of(branch_of(parent, mix={"mixed": 1, "specific/toys": 1})).warnings() == []
 
 
 def test_redistributing_reads_the_cap_and_not_a_row_more_and_the_plan_tells(world: dict[str, Any]) -> None:
@@ -201,10 +218,16 @@ def test_a_run_itself_neither_adds_nor_loses_a_corpus_and_a_branch_does_not_swap
     parent = save(run, plan_of(world), 8)
     grown = plan_of(with_data(world, packed=[world["data"]["packed"], more(world)],
                               mix={"stable": {"mixed": 1, "specific/toys": 2}}))
-    with pytest.raises((ConfigError, DataError), match="specific/games"):
+    with pytest.raises(ConfigError, match=r"data.mix.stable.specific/games: None in .*, 0.0 now"):
         check_run_folder(run, grown)
     packed = Path(shutil.copytree(world["data"]["packed"], tmp_path / "packed"))
     shutil.rmtree(packed / "mixed")
+    shrunk = plan_of(with_data(world, packed=str(packed), mix={"stable": {"specific/toys": 1}}))
+    for plan, other in ((grown, "specific/games"), (shrunk, "mixed")):  # also where its config was edited to agree
+        shutil.copytree(run, tmp_path / other)
+        write_atomically(tmp_path / other / "config.yaml", dump_settings(plan.config))
+        with pytest.raises(DataError, match=rf"^{other} below data.packed=.* are not what .* was trained on; give"):
+            check_run_folder(tmp_path / other, plan)
     tiny.write_corpus(packed, "mixed", model=Path(world["model"]["path"]), n_rows=25, seed=99)
     values = branch_of(parent)
     values["data"]["packed"] = str(packed)
@@ -243,7 +266,8 @@ def test_a_step_is_shown_with_its_rows_documents_and_domains(world: dict[str, An
     plan = plan_of(with_data(world, packed=str(prepared / "packed")))
     save(tmp_path / "run", plan, 8)
     lines = list(show_step(open_run(tmp_path / "run", step=9), 9))
-    assert lines[0] == "step 9: 8 rows (positions 64 to 71), world size 2, 2 micro-steps of 2 rows per rank"
+    assert lines[0] == ("step 9: 8 rows (positions 64 to 71), 2 micro-steps, assuming world size 2 and micro batch 2; "
+                        "if the run had others then, they dealt the same rows otherwise")
     assert sum(line.startswith("micro-step") for line in lines) == 4
     shown = sorted(tuple(line.split()[:3]) for line in lines if line.startswith("  ") and line[2] != " ")
     assert shown == sorted((name, "row", str(row)) for name, _, row in rows_read(plan, 8, 9))
@@ -264,7 +288,17 @@ def test_a_step_is_shown_with_its_rows_documents_and_domains(world: dict[str, An
 
 def test_a_step_of_a_run_that_has_not_begun_can_be_shown(world: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_settings(tiny.run_config(world)))
-    assert "world size 1, 4 micro-steps" in next(show_step(open_run(tmp_path, step=1), 1))
+    assert "4 micro-steps, assuming world size 1 and" in next(show_step(open_run(tmp_path, step=1), 1))
+
+
+def test_a_step_is_dealt_as_for_the_ranks_of_the_first_checkpoint_after_it(
+        world: dict[str, Any], tmp_path: Path) -> None:
+    plan = plan_of(world)
+    for step, world_size in ((4, 1), (8, 4), (10, 2)):
+        save(tmp_path, plan, step, world_size=world_size)
+    asked = {step: open_run(tmp_path, step=step).world_size for step in (1, 4, 5, 8, 9, 10, 11)}
+    assert asked == {1: 1, 4: 1, 5: 4, 8: 4, 9: 2, 10: 2, 11: 2}  # step 11 is yet to be read
+    assert open_run(tmp_path, step=5, world_size=1).world_size == 1
 
 
 @pytest.mark.parametrize(("asked", "said"), [

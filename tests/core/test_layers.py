@@ -25,6 +25,7 @@ FLOORS = [
     "data_prep.parsers.recbole data_prep.parsers.tabular data_prep.pack data_prep.report data_prep.engines.registry",
     "cprec.train.engine cprec.train.checkpoint cprec.eval.run cprec.eval.report "
     "data_prep.parsers.registry data_prep.staging data_prep.proof",
+    "cprec.train.run_folder",
     "cprec.train.loop cprec.train.steps cprec.train.branch cprec.train.export data_prep.ingest data_prep.audit",
     "data_prep.pipeline data_prep.look",
     "data_prep.estimate",

@@ -127,7 +127,8 @@ def test_real_rows_come_again_until_there_are_enough(corpus: corpora.Corpus, tmp
 
 def test_the_last_line_has_every_promised_number_and_the_page_its_tables() -> None:
     found = {"minutes": 1.0, "machine": run.machine(), "spread": [asdict(
-        balance.Spread(8, 1, 1, 2, before, after, 1.5, 1.1, 1.4, 1.2)) for before, after in ((1.3, 1.01), (1.2, 1.02))],
+        balance.Spread(8, accum, micro, 2, before, after, 1.5, 1.1, 1.4, 1.2)) for accum, micro, before, after in (
+            (4, 1, 1.3, 1.01), (1, 8, 1.2, 1.02), (1, 1, 1.4, 1.35))],
         "same_rows": {OURS: {"1 rank": True}},
         "data": {"rows": "generated", "seq_len": 256, "micro_batch_size": 4, "repeats": 1, "corpora": "two"},
         "cases": [_case(run.MAIN, {OURS: 600, LITDATA: 200, MEGATRON: 100, COPY: 1200}),
@@ -142,6 +143,9 @@ def test_the_last_line_has_every_promised_number_and_the_page_its_tables() -> No
     assert {"cpu", "versions", "commit"} <= {*line}
     page = run.filled(f"# Page\n{run.MARKS[0]}\nNot measured\n{run.MARKS[1]}\nend\n", found)
     assert f"| {LITDATA} | 200 | 0.1 | 3.00 x | 40.0 |" in page
+    shared, single = page.split("one row per rank and step, nothing to deal, not in the headline")
+    assert "| 1.3000 | 1.0100 |" in shared and "The worst of these, as drawn 1.3000 and as dealt 1.0200" in shared
+    assert "| 1.4000 | 1.3500 |" in single and "| 1.0200 |" not in single
     assert "Not measured" not in page and page.endswith("end\n")
     assert run.filled(page, found) == page
 

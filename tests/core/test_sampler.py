@@ -11,6 +11,8 @@ from cprec.data.sampler import (
     PERIOD,
     Phase,
     Sampler,
+    _round_keys,
+    badly_rounded,
     permute,
     quotas_of,
     redistribute,
@@ -94,6 +96,31 @@ def test_a_patterns_weight_is_shared_by_size() -> None:
     mix = resolve_mix({"specific/*": 3, "mixed": 1}, {"mixed": 10, "specific/a": 200, "specific/b": 100}, field="mix")
     assert mix == {"mixed": 1.0, "specific/a": 2.0, "specific/b": 1.0}
     assert resolve_mix(None, {"a": 1, "b": 3}, field="mix") == {"a": 0.25, "b": 0.75}
+
+
+def test_the_name_of_a_corpus_is_not_read_as_a_pattern() -> None:
+    rows = {"a[1]": 30, "a1": 10, "a": 10}
+    assert resolve_mix({"a[1]": 2, "a1": 1}, rows, field="mix") == {"a[1]": 2.0, "a1": 1.0, "a": 0.0}
+    assert resolve_caps({"a[1]": 2, "a": 1}, rows, field="data.max_epochs") == [60, None, 10]
+    assert resolve_mix({"a[12]": 2}, rows, field="mix") == {"a[1]": 0.0, "a1": 2.0, "a": 0.0}  # which is a pattern
+
+
+def test_weights_that_16384_rows_cannot_hold_are_found() -> None:
+    assert quotas_of([1e9, 10]) == (PERIOD - 1, 1)
+    (tiny,) = badly_rounded([1e9, 10])  # wants 0.00016 rows of 16,384, gets one
+    assert (tiny.corpus, tiny.quota) == (1, 1) and tiny.share == pytest.approx(1e-8)
+    # 1.5 rows of 16,384 get one, or two, and 10.5 of them ten, or eleven: a third, and a twentieth, off
+    assert [r.corpus for r in badly_rounded([PERIOD - 12, 1.5, 10.5])] == [1]
+    assert badly_rounded([1, 2, 0]) == [] and badly_rounded([PERIOD - 1, 1]) == []
+
+
+def test_a_seed_of_numpy_is_the_seed_that_python_has() -> None:
+    places = np.arange(100)
+    ours = permute(places, 100, key=(903, "a", 0)).tolist()
+    _round_keys.cache_clear()  # which takes both for one key
+    assert permute(places, 100, key=(np.int64(903), "a", 0)).tolist() == ours
+    phases = (Phase(0, quotas_of([1])),)
+    assert repr(Sampler(("a",), (9,), phases, np.int64(3))) == repr(Sampler(("a",), (9,), phases, 3))
 
 
 def test_all_problems_of_a_mixture_are_told_at_once() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import tracemalloc
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cprec.data.dataset import deal
+from cprec.data.dataset import PackedDataset
 from cprec.data.sampler import PERIOD, Phase, Sampler, permute, quotas_of, redistribute
+from cprec.format import FACTS
 
 Ints = npt.NDArray[np.int64]
 SIZES = (10**12, 7 * 10**11 + 13, 10**9 + 7, 1_000_003)
@@ -42,19 +45,40 @@ def test_every_window_anywhere_has_its_exact_shares_and_costs_no_memory_per_row(
     assert len(seen) == 4 * PERIOD
 
 
-@pytest.mark.parametrize("start", [12_345, 10**13 - 16_384])
-def test_a_step_has_the_same_rows_whatever_the_world_size_and_no_row_for_two_ranks(start: int) -> None:
-    batch = 32_768
-    at = huge().rows(start, batch)
-    cost = np.random.default_rng(0).integers(10**5, 10**7, size=batch)
-    whole = list(zip(at.corpus.tolist(), at.epoch.tolist(), at.row.tolist(), strict=True))
-    assert len(set(whole)) == batch
-    for world_size in (1, 2, 4, 8, 64, 1024, 16_384):
-        places = deal(cost, world_size=world_size, micro_batch_size=2)
-        assert places.shape == (batch // (2 * world_size), 2, world_size)
-        by_rank = places.transpose(2, 0, 1).reshape(world_size, -1)  # (rank, its places)
-        assert np.array_equal(np.sort(by_rank, axis=None), np.arange(batch))  # all ranks together: every row, once
+class Arithmetic:
+    """A corpus of which a row's facts are a function of its number: what the dealing of a step asks of a corpus."""
 
+    def __init__(self, n_rows: int) -> None:
+        self.n_rows = n_rows
+        self.asked = 0
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def facts(self, rows: Ints) -> npt.NDArray[np.void]:
+        self.asked += len(rows)
+        facts = np.empty(len(rows), dtype=FACTS)
+        facts["cost"], facts["n_labels"], facts["n_pad"] = 10**5 + rows % 9_999_991, rows % 2048, rows % 8
+        return facts
+
+
+@pytest.mark.parametrize("step", [0, 10**12 // 32_768, 10**13 // 32_768])  # the second holds the change of phase
+def test_a_step_has_the_same_rows_whatever_the_world_size_and_no_row_for_two_ranks(step: int) -> None:
+    batch, sampler = 32_768, huge()
+    want = sampler.rows(step * batch, batch)
+    drawn = list(zip(want.corpus.tolist(), want.row.tolist(), strict=True))
+    assert len(set(drawn)) == batch
+    for world_size in (1, 2, 4, 8, 64, 1024, 16_384):
+        corpora = [Arithmetic(size) for size in SIZES]
+        read = PackedDataset(cast(Any, corpora), huge(), global_batch_size=batch, micro_batch_size=2,
+                             world_size=world_size).step_rows(step)
+        assert list(zip(read.corpus.tolist(), read.row.tolist(), strict=True)) == drawn
+        assert np.array_equal(read.cost, 10**5 + want.row % 9_999_991)
+        assert (int(read.n_labels.sum()), int(read.n_pad.sum())) == ((want.row % 2048).sum(), (want.row % 8).sum())
+        assert sum(corpus.asked for corpus in corpora) == batch  # of every row once, whoever gets it
+        assert read.dealt.shape == (batch // (2 * world_size), 2, world_size)
+        by_rank = read.dealt.transpose(2, 0, 1).reshape(world_size, -1)  # (rank, its places)
+        assert np.array_equal(np.sort(by_rank, axis=None), np.arange(batch))  # all ranks together: every row, once
 
 
 def test_a_permutation_of_10_to_the_12_rows_is_uniform_and_differs_from_epoch_to_epoch() -> None:
@@ -72,21 +96,42 @@ def test_a_permutation_of_10_to_the_12_rows_is_uniform_and_differs_from_epoch_to
     assert not (rows[0] == rows[1]).any() and not (rows[1] == rows[2]).any()
 
 
-@pytest.mark.parametrize("weights", [[1, 0], [1, 1e-9], [1, PERIOD - 1], [3, 5]])
-def test_nothing_overflows_at_10_to_the_12_rows_and_100_epochs_whatever_the_quotas(weights: list[float]) -> None:
-    quotas = quotas_of(weights)
-    sampler = Sampler(("a", "b"), (10**12, 10**12), (Phase(0, quotas), Phase(10**14, quotas)), seed=0)
-    far = 10**14 + 12_345
-    want = [quotas[0] * (10**14 // PERIOD), quotas[1] * (10**14 // PERIOD)]
-    drawn = sampler.drawn(10**14)
-    assert drawn.sum() == 10**14 and all(0 <= d - w <= PERIOD for d, w in zip(drawn.tolist(), want, strict=True))
-    at = sampler.rows(far, 1000)
-    assert at.row.min() >= 0 and at.row.max() < 10**12 and at.epoch.min() >= 0 and at.epoch.max() <= 100
-    # by hand: the first of the thousand is the row of its corpus that follows all drawn before it
-    c = int(at.corpus[0])
-    epoch, place = divmod(int(sampler.drawn(far)[c]), 10**12)
-    assert at.epoch[0] == epoch
-    assert at.row[0] == permute(np.array([place]), 10**12, key=(0, "ab"[c], epoch))[0]
+def permuted(place: int, size: int, key: tuple[int, str, int]) -> int:
+    """`permute` of one place in Python's integers, which have no end: 6 Feistel rounds over the even number of bits
+    that holds `size`, the round function SplitMix64's, until the value is one of the rows."""
+    half = max(1, -(-(size - 1).bit_length() // 2))
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=48).digest()
+    while True:
+        left, right = place >> half, place % 2**half
+        for i in range(6):
+            x = right ^ int.from_bytes(digest[8 * i:8 * i + 8], "little")
+            x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+            left, right = right, left ^ (x ^ x >> 31) % 2**half
+        place = (left << half) + right
+        if place < size:
+            return place
+
+
+@pytest.mark.parametrize(("weights", "quotas"), [
+    ([1, 0], (16_384, 0)), ([1, 1e-9], (16_383, 1)), ([1, PERIOD - 1], (1, 16_383)), ([3, 5], (6144, 10_240))])
+def test_nothing_overflows_at_10_to_the_12_rows_and_100_epochs_whatever_the_quotas(
+        weights: list[float], quotas: tuple[int, int]) -> None:
+    assert quotas_of(weights) == quotas
+    size, before = 10**12, 10**14
+    sampler = Sampler(("a", "b"), (size, size), (Phase(0, quotas), Phase(before, quotas)), seed=0)
+    drawn = [q * 5**14 for q in quotas]  # 10^14 rows are 5^14 periods
+    assert sampler.drawn(before).tolist() == drawn
+    head = sampler.rows(0, 12_445).corpus.tolist()  # the corpora near position 0 come again after whole periods
+    at = sampler.rows(before + 12_345, 100)
+    assert at.corpus.tolist() == head[12_345:]
+    drawn = [n + head[:12_345].count(c) for c, n in enumerate(drawn)]
+    for c, row, epoch in zip(at.corpus.tolist(), at.row.tolist(), at.epoch.tolist(), strict=True):
+        assert epoch == drawn[c] // size and row == permuted(drawn[c] % size, size, (0, "ab"[c], epoch))
+        drawn[c] += 1
+    assert sampler.drawn(before + 12_445).tolist() == drawn
+    if quotas == (16_384, 0):
+        assert at.epoch.tolist() == [100] * 100  # after 100 whole ones, 0 to 99
 
 
 def test_a_corpus_of_10_to_the_12_rows_runs_dry_at_the_very_row_without_counting_there() -> None:
