@@ -303,12 +303,16 @@ def file_hash(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def check_hash(path: Path, info: ShardInfo) -> None:
-    """Raise DataError when the file's hash is not the one that its manifest says."""
-    found = file_hash(path)
+def check_hash(path: str | os.PathLike[str], info: ShardInfo) -> None:
+    """Compare the hash of a corpus's file with the one in its manifest. Raises DataError naming a file that is altered
+    or missing."""
+    try:
+        found = file_hash(path)
+    except FileNotFoundError:
+        raise DataError(f"file {path} is missing; run launch/prepare.py again, which makes it anew") from None
     if found != info.xxh3_128:
-        raise DataError(f"{path} has hash {found}, its manifest says {info.xxh3_128}: its bytes were altered; delete "
-                        f"it and run launch/prepare.py again, which makes this file anew")
+        raise DataError(f"file {path} has hash {found}, its manifest says {info.xxh3_128}: its bytes were altered; "
+                        f"delete it and run launch/prepare.py again, which makes it anew")
 
 
 def list_corpora(packed: str | os.PathLike[str]) -> list[str]:
@@ -562,9 +566,9 @@ class PackedCorpus:
 
     `fetch` gives the local path of a file when it is first read, from any thread; `folder` then needs only the
     manifest, and who fetches answers for the bytes. A fetched shard may be evicted at any time: before it is opened it
-    is fetched again, and a mapped one is let go of when the next is opened, since until then it takes room.
-    `at_random`: rows are read in no order, so that nothing around them is worth reading ahead. `manifest`: that of the
-    folder, where it has been read already.
+    is fetched again, and a mapped one is let go of when the next is opened or pages are given back, since until then it
+    takes room. `manifest`: that of the folder, if it has been read already.
+    `at_random`: rows are read in no order, so that nothing around them is worth reading ahead.
     Resident memory is bounded: shards are opened when they are read, the oldest is closed when there are too many, and
     pages are given back after every `RELEASE_ROWS` (the kernel maps more around each row than the row).
     """
@@ -574,7 +578,7 @@ class PackedCorpus:
     def __init__(self, folder: str | os.PathLike[str], *, fetch: Fetch | None = None, at_random: bool = False,
                  manifest: Manifest | None = None) -> None:
         self.folder = Path(folder)
-        self.manifest = manifest or read_manifest(folder)
+        self.manifest = read_manifest(folder) if manifest is None else manifest
         self._fetch, self._at_random = fetch, at_random
         self._ends = list(itertools.accumulate(s.rows for s in self.manifest.shards))
         self._shards: dict[int, Shard] = {}
@@ -590,8 +594,8 @@ class PackedCorpus:
             size = path.stat().st_size if path.is_file() else -1
             if size != info.bytes:
                 found = f"has {size} bytes" if size >= 0 else "is missing"
-                raise DataError(f"{path} {found}, its manifest says {info.bytes} bytes: the corpus was altered; run "
-                                f"launch/prepare.py again, which makes this file anew")
+                raise DataError(f"file {path} {found}, its manifest says {info.bytes} bytes: the corpus was altered; "
+                                f"run launch/prepare.py again, which makes this file anew")
 
     def __getstate__(self) -> dict[str, Any]:  # maps do not travel to another process
         return self.__dict__ | {"_shards": {}, "_touched": set(), "_facts": None}
@@ -605,9 +609,7 @@ class PackedCorpus:
 
     def _open(self, number: int) -> Shard:
         info = self.manifest.shards[number]
-        if self._fetch:
-            for n in [n for n, shard in list(self._shards.items()) if not shard.path.exists()]:
-                self._close(n)
+        self._let_go_of_evicted()
         shard = self._open_file(info, lambda path: Shard(path, info, self.manifest, at_random=self._at_random))
         with _opening:
             self._shards[number] = shard
@@ -623,6 +625,12 @@ class PackedCorpus:
         shard = self._shards.pop(number, None)
         if shard is not None:
             self._touched.discard(shard)
+
+    def _let_go_of_evicted(self) -> None:
+        """Unmap shards that have left the cache: the map would keep their room on the disk."""
+        if self._fetch:
+            for number in [n for n, shard in list(self._shards.items()) if not shard.path.exists()]:
+                self._close(number)
 
     def _place(self, i: int) -> tuple[int, int]:
         """Number of row i's shard, and its place there."""
@@ -667,6 +675,7 @@ class PackedCorpus:
     def release(self) -> None:
         """Give back the pages of all rows that were read; arrays that are views of them stay valid."""
         self._n_read = 0
+        self._let_go_of_evicted()
         touched, self._touched = self._touched, set()
         for shard in touched:
             shard.release()

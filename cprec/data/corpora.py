@@ -72,12 +72,18 @@ def find_corpora(packed: Packed, cache: ShardCache | None = None) -> dict[str, s
 
 
 def manifests_of(places: Mapping[str, str], kind: str, packed: Packed, cache: ShardCache | None) -> dict[str, Manifest]:
-    """Manifests of the corpora of `kind` ("train" or "valid") among `places`, by name, sorted.
+    """`of_kind` of the corpora in `places`, for who wants one kind only. Raises DataError."""
+    return of_kind(read_manifests(places, cache), kind, packed)
 
-    Raises DataError when there is none.
-    """
-    found = {name: manifest_at(place, cache) for name, place in places.items()}
-    chosen = {name: m for name, m in found.items() if m.kind == kind and m.n_rows > 0}
+
+def read_manifests(places: Mapping[str, str], cache: ShardCache | None) -> dict[str, Manifest]:
+    """Manifest of every corpus in `places`, by name, in their order. Raises DataError."""
+    return {name: manifest_at(place, cache) for name, place in places.items()}
+
+
+def of_kind(manifests: Mapping[str, Manifest], kind: str, packed: Packed) -> dict[str, Manifest]:
+    """Those of the corpora of `kind` ("train" or "valid") that have rows. Raises DataError when there is none."""
+    chosen = {name: m for name, m in manifests.items() if m.kind == kind and m.n_rows > 0}
     if not chosen:
         raise DataError(f"data.packed={shown(packed)}: no finished {kind} corpus below it; run launch/prepare.py to "
                         f"its end")

@@ -30,7 +30,7 @@ from cprec.data.corpora import Packed, check_alike, find_corpora, manifests_of
 from cprec.data.remote import ShardCache, open_corpus
 from cprec.data.sampler import Phase, Position, Sampler, quotas_of, resolve_mix
 from cprec.errors import ConfigError, DataError
-from cprec.format import FACTS, PackedCorpus
+from cprec.format import FACTS, Manifest, PackedCorpus
 
 Ints = npt.NDArray[np.int64]
 _BLOCK_ROWS = 4096
@@ -114,7 +114,7 @@ class PackedDataset(IterableDataset[Batch]):
         weights = resolve_mix(mix, {name: m.n_tokens for name, m in manifests.items()}, field="mix")
         sampler = Sampler(tuple(manifests), tuple(m.n_rows for m in manifests.values()),
                           (Phase(0, quotas_of(list(weights.values()))),), int(seed))
-        return cls(open_corpora(sampler, places, cache), sampler, global_batch_size=global_batch_size,
+        return cls(open_corpora(sampler, places, cache, manifests), sampler, global_batch_size=global_batch_size,
                    micro_batch_size=micro_batch_size or max(global_batch_size // world_size, 1),
                    rank=rank, world_size=world_size)
 
@@ -236,9 +236,12 @@ class PackedDataset(IterableDataset[Batch]):
         return hashlib.blake2b(repr(self.sampler).encode(), digest_size=16).hexdigest()
 
 
-def open_corpora(sampler: Sampler, places: Mapping[str, str], cache: ShardCache | None) -> list[PackedCorpus | None]:
-    """The sampler's corpora, opened for reading in its order; None for one that has no place."""
-    return [open_corpus(places[name], cache, at_random=True) if name in places else None for name in sampler.names]
+def open_corpora(sampler: Sampler, places: Mapping[str, str], cache: ShardCache | None,
+                 manifests: Mapping[str, Manifest]) -> list[PackedCorpus | None]:
+    """The sampler's corpora, opened for reading in its order, with the manifests that have been read; None for one that
+    has no place."""
+    return [open_corpus(places[name], cache, manifest=manifests[name], at_random=True) if name in manifests else None
+            for name in sampler.names]
 
 
 def _positions(sampler: Sampler, step: int, global_batch_size: int) -> Position:

@@ -5,7 +5,7 @@ reads: `manifest.json` and shards of a corpus, by range reads through fsspec. wr
     <corpus>-<hash of its URL>/<hash of the manifest>/manifest.json
     <corpus>-<hash of its URL>/<shard>.<its xxh3-128>.arrow    whole and hashed: a name is given when both are right
     <corpus>-<hash of its URL>/rows.<its xxh3-128>.npy
-    ... .lock       held (flock, which goes with the process) by whoever brings or removes that shard
+    ... .lock       held (flock, which goes with the process) by whoever brings or removes that file
     ... .partial    a download in progress, of its full size from the start, so that room is never given twice
 
 Costs: one request per 32 MiB, which are held in memory; one sync per shard. `open_corpus` is the one way to a corpus,
@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import xxhash
 
@@ -80,30 +80,30 @@ class ShardCache:
     def manifest_folder(self, url: str) -> Path:
         """A local folder with the manifest that the corpus at `url` has now, for `PackedCorpus` with `fetch`.
 
-        Raises DataError when there is none or it cannot be reached.
+        Raises DataError when there is none, it cannot be reached, or the cache's folder cannot be written.
         """
         if url not in self._folders:
             text = _read_whole(f"{url}/{MANIFEST}")
             folder = self._folder(url) / xxhash.xxh3_64_hexdigest(text)
-            folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder / ".lock"):
+            with self._writing(f"{url}/{MANIFEST}", len(text)), _locked(folder / ".lock"):
                 if not (folder / MANIFEST).is_file():
                     write_atomically(folder / MANIFEST, text.decode("utf-8"))
             self._folders[url] = folder
         return self._folders[url]
 
     def fetch(self, url: str, info: ShardInfo) -> Path:
-        """Where the shard lies on this machine, downloaded first if need be.
+        """Where the file lies on this machine, downloaded first if need be.
 
         It may be evicted before it is opened: fetch it again then. Once it is open or mapped that does no harm, since
-        Linux keeps a file's bytes for those who have them. Raises DataError naming the shard's URL.
+        Linux keeps a file's bytes for those who have them. Raises DataError naming the file's URL.
         """
-        path = self._path(url, info)
-        if self._is_there(path, info):
-            return path
-        with _locked(_lock_of(path)):
-            if not self._is_there(path, info):  # another process may have brought it while this one waited
-                self._bring(f"{url}/{info.file}", info, path)
+        path, address = self._path(url, info), f"{url}/{info.file}"
+        with self._writing(address, info.bytes):
+            if self._is_there(path, info):
+                return path
+            with _locked(_lock_of(path)):
+                if not self._is_there(path, info):  # another process may have brought it while this one waited
+                    self._bring(address, info, path)
         return path
 
     def verify(self, url: str, info: ShardInfo) -> None:
@@ -111,7 +111,7 @@ class ShardCache:
         path = self._path(url, info)
         if not path.exists():
             return  # a download is hashed on its way
-        with _locked(_lock_of(path)):
+        with self._writing(f"{url}/{info.file}", info.bytes), _locked(_lock_of(path)):
             try:
                 found = file_hash(path)
             except FileNotFoundError:
@@ -129,7 +129,7 @@ class ShardCache:
         return self._folder(url) / f"{name.stem}.{info.xxh3_128}{name.suffix}"
 
     def _is_there(self, path: Path, info: ShardInfo) -> bool:
-        """Whether the shard is in the cache; if so it now counts as just used."""
+        """Whether the file is in the cache; if so it now counts as just used."""
         try:
             if path.stat().st_size != info.bytes:
                 return False
@@ -139,7 +139,7 @@ class ShardCache:
         return True
 
     def _bring(self, address: str, info: ShardInfo, path: Path) -> None:
-        """Download a shard whose lock is held. Whatever else is partial of it belongs to the dead."""
+        """Download a file whose lock is held. Whatever else is partial of it belongs to the dead."""
         for left in [path, *path.parent.glob(f"{path.name}.*.partial")]:
             left.unlink(missing_ok=True)  # `path` is here only when its size is wrong
         with reaching(address):
@@ -151,13 +151,11 @@ class ShardCache:
             _download(address, info, partial)
             _touch(partial)
             replace_durably(partial, path)  # before a power loss the size would be right and the bytes zero
-        except OSError as e:
-            raise self._no_disk(address, info, e) from e
         finally:
             partial.unlink(missing_ok=True)
 
     def _make_room(self, address: str, info: ShardInfo, partial: Path) -> None:
-        """Evict until the shard fits, then take its room on the disk."""
+        """Evict until the file fits, then take its room on the disk."""
         if info.bytes > self.limit_bytes:
             raise DataError(f"{address} has {_gb(info.bytes)}, more than data.cache_gb={self.limit_bytes / 1e9:g}; "
                             f"raise it")
@@ -176,7 +174,7 @@ class ShardCache:
     def _evict(self, needed: int) -> tuple[int, bool]:
         """Remove what the dead left, then the least recently used shards until `needed` bytes fit below the limit.
 
-        Gives the bytes that are still missing (<= 0: none), and whether other processes are at work on shards here.
+        Gives the bytes that are still missing (<= 0: none), and whether others are at work here: look again then.
         """
         found = [(path, at) for path in self.root.rglob("*") if (at := _stat(path))]
         short = sum(at.st_size for _, at in found) + needed - self.limit_bytes
@@ -191,45 +189,62 @@ class ShardCache:
             with _locked_if_free(_lock_of(shard)) as free:
                 busy |= not free
                 if free:
-                    path.unlink(missing_ok=True)
-                    short -= at.st_size
+                    try:
+                        path.unlink()
+                        short -= at.st_size
+                    except FileNotFoundError:  # a download that has ended since: its room is taken, by another name
+                        busy = True
                     _lock_of(shard).unlink(missing_ok=True)  # held by us: who waits for it sees that it is gone
         return short, busy
 
-    def _no_disk(self, address: str, info: ShardInfo, e: OSError) -> DataError:
+    @contextmanager
+    def _writing(self, address: str, n_bytes: int) -> Iterator[None]:
+        """Turn what the disk of the cache refuses into a DataError that names its folder."""
+        try:
+            yield
+        except OSError as e:
+            refused = DataError(f"data.cache_dir={self.root}: {self._refusal(address, n_bytes, e)}")
+            refused.on_one_rank = True  # other machines have other disks
+            raise refused from e
+
+    def _refusal(self, address: str, n_bytes: int, e: OSError) -> str:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return DataError(f"data.cache_dir={self.root}: {address} cannot be written there: {e}")
+            return f"{address} cannot be kept there: {e}; name a folder on a local disk where you may write"
         free = shutil.disk_usage(self.root).free
-        return DataError(f"data.cache_dir={self.root}: its disk is full: {address} has {_gb(info.bytes)}, {_gb(free)} "
-                         f"are free, although data.cache_gb={self.limit_bytes / 1e9:g} would allow it; free some, or "
-                         f"set data.cache_gb to what the disk has")
+        return (f"its disk is full: {address} has {_gb(n_bytes)}, {_gb(free)} are free, although data.cache_gb="
+                f"{self.limit_bytes / 1e9:g} would allow it; free some, or set data.cache_gb to what the disk has")
 
 
-def open_corpus(place: str | os.PathLike[str], cache: ShardCache | None = None, *,
+def open_corpus(place: str | os.PathLike[str], cache: ShardCache | None = None, *, manifest: Manifest | None = None,
                 at_random: bool = False) -> PackedCorpus:
     """The corpus in a folder, or at a URL, whose files then come through `cache` as they are first read.
 
-    Raises DataError.
+    `manifest`: its manifest, if it has been read already (`manifest_at`). Raises DataError.
     """
     if not is_url(str(place)):
-        return PackedCorpus(place, at_random=at_random)
-    url = str(place)
-    held = _needed(cache)
-    return PackedCorpus(held.manifest_folder(url), fetch=functools.partial(held.fetch, url), at_random=at_random)
+        return PackedCorpus(place, at_random=at_random, manifest=manifest)
+    url, held = _address(place), _needed(cache)
+    return PackedCorpus(held.manifest_folder(url), fetch=functools.partial(held.fetch, url), at_random=at_random,
+                        manifest=manifest)
 
 
 def manifest_at(place: str | os.PathLike[str], cache: ShardCache | None = None) -> Manifest:
     """Manifest of the corpus in a folder or at a URL. Raises DataError."""
-    return read_manifest(_needed(cache).manifest_folder(str(place)) if is_url(str(place)) else place)
+    return read_manifest(_needed(cache).manifest_folder(_address(place)) if is_url(str(place)) else place)
 
 
 def verify_file(place: str | os.PathLike[str], info: ShardInfo, cache: ShardCache | None) -> None:
-    """Compare a file's hash with its manifest's: of a local one, DataError if it is another; of a remote one, what
-    this machine has of it, which is removed if it is damaged."""
+    """Compare a file's hash with its manifest's: of a local one, DataError if it is another or the file is gone; of a
+    remote one, what this machine has of it, which is removed if it is damaged."""
     if is_url(str(place)):
-        _needed(cache).verify(str(place), info)
+        _needed(cache).verify(_address(place), info)
     else:
         check_hash(Path(place) / info.file, info)
+
+
+def _address(place: str | os.PathLike[str]) -> str:
+    """The URL of a corpus as its files' addresses begin; to S3 `a//b` is another file than `a/b`."""
+    return str(place).rstrip("/")
 
 
 def _needed(cache: ShardCache | None) -> ShardCache:
@@ -239,29 +254,52 @@ def _needed(cache: ShardCache | None) -> ShardCache:
 
 
 def list_remote_corpora(url: str) -> list[str]:
-    """Names of the finished corpora below the packed folder at `url`, sorted; none where there is no such place.
+    """Names of the finished corpora below the packed folder at `url`, sorted; none where there is no such place, and
+    "." alone where `url` is a corpus itself.
 
-    A web server must list its folders, as `python -m http.server` does. Raises DataError when it cannot be reached.
+    Costs: of a corpus one look at its manifest, its shards are not listed; of another folder one listing too. A web
+    server must list its folders, as `python -m http.server` does. Raises DataError when it cannot be reached.
     """
 
     def names() -> list[str]:
         fs, inside = filesystem(url.rstrip("/"))
         fs.invalidate_cache()
-        below = f"{inside.rstrip('/')}/"
-        files = [str(f) for f in fs.find(inside)]
-        return sorted(f.removeprefix(below).removesuffix(f"/{MANIFEST}") for f in files if f.endswith(f"/{MANIFEST}"))
+        root = inside.rstrip("/")
+        return sorted(folder.removeprefix(root).lstrip("/") or "." for folder in _corpora_below(fs, root))
 
     return _patiently(url, names)
 
 
+def _corpora_below(fs: Any, folder: str) -> Iterator[str]:
+    """`folder` if it has a manifest, else the folders below it that have one."""
+    manifest = f"{folder}/{MANIFEST}"
+    try:
+        fs.info(manifest)
+        yield folder
+        return
+    except FileNotFoundError:
+        pass
+    try:
+        kinds = {str(entry["name"]).rstrip("/"): entry["type"] for entry in fs.ls(folder, detail=True)}
+    except FileNotFoundError:
+        return
+    if manifest in kinds:  # a web server whose answer to the look was cut reads as if nothing were there
+        yield folder
+        return
+    for name, kind in kinds.items():
+        if kind == "directory" and name.startswith(f"{folder}/"):  # a web page may also link to what is above it
+            yield from _corpora_below(fs, name)
+
+
 def small_cache_warning(cache: ShardCache, manifests: Iterable[Manifest]) -> str | None:
     """What to tell a user whose cache is smaller than the corpora that the run draws from; None if they fit."""
-    shards = [s for m in manifests for s in m.shards]
-    total = sum(s.bytes for s in shards)
+    known = list(manifests)
+    shards = [s for m in known for s in m.shards]
+    total = sum(f.bytes for m in known for f in m.files)
     if total <= cache.limit_bytes:
         return None
     missed = 1 - cache.limit_bytes / total
-    mean = total / len(shards)
+    mean = sum(s.bytes for s in shards) / len(shards)
     return (f"data.cache_gb={cache.limit_bytes / 1e9:g} holds less than the {_gb(total)} of the corpora: rows are "
             f"drawn from all {len(shards):,} shards in random order, so about {missed:.0%} of them will wait for a "
             f"shard of {_gb(mean)} to be downloaded again: {_gb(1000 * missed * mean)} per 1,000 rows; set it to "
@@ -298,9 +336,10 @@ def _locked(path: Path) -> Iterator[None]:
     while True:
         with path.open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if _is_file_at(lock.fileno(), path):  # its last holder may have removed it
-                yield
-                return
+            with _unlocking(lock):
+                if _is_file_at(lock.fileno(), path):  # its last holder may have removed it
+                    yield
+                    return
 
 
 @contextmanager
@@ -312,7 +351,18 @@ def _locked_if_free(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield _is_file_at(lock.fileno(), path)
+        with _unlocking(lock):
+            yield _is_file_at(lock.fileno(), path)
+
+
+@contextmanager
+def _unlocking(lock: IO[str]) -> Iterator[None]:
+    """Unlock at the end. Closing alone would not: a process forked meanwhile (a DataLoader's worker) has the file open
+    too, and with it the lock."""
+    try:
+        yield
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def _is_file_at(fd: int, path: Path) -> bool:
@@ -368,11 +418,11 @@ def _read_whole(address: str) -> bytes:
 
 
 def _check_size(fs: Any, inside: str, address: str, info: ShardInfo) -> None:
-    """Raise DataError when the shard is not there, or is another than its manifest says; so before room is made."""
+    """Raise DataError when the file is not there, or is another than its manifest says; so before room is made."""
     fs.invalidate_cache()
     size = _patiently(address, lambda: fs.info(inside).get("size"))
     if size is not None and size != info.bytes:  # a web server may not tell
-        raise DataError(f"shard {address} has {size:,} bytes, its manifest says {info.bytes:,}: {_ALTERED}")
+        raise DataError(f"file {address} has {size:,} bytes, its manifest says {info.bytes:,}: {_ALTERED}")
 
 
 _ALTERED = ("it was altered, or the corpus prepared anew since this run read its manifest; upload the corpus again, "
@@ -380,14 +430,14 @@ _ALTERED = ("it was altered, or the corpus prepared anew since this run read its
 
 
 def _download(address: str, info: ShardInfo, partial: Path) -> None:
-    """Write the shard's bytes into `partial` and check their hash. Raises DataError."""
+    """Write the file's bytes into `partial` and check their hash. Raises DataError."""
     digest = xxhash.xxh3_128()
     with partial.open("r+b", buffering=0) as out:
         for piece in _pieces(address, info.bytes):
             digest.update(piece)
             _write(out, piece)
     if digest.hexdigest() != info.xxh3_128:
-        raise DataError(f"shard {address} has hash {digest.hexdigest()}, its manifest says {info.xxh3_128}: {_ALTERED}")
+        raise DataError(f"file {address} has hash {digest.hexdigest()}, its manifest says {info.xxh3_128}: {_ALTERED}")
 
 
 def _write(out: Any, piece: bytes) -> None:

@@ -23,11 +23,12 @@ import xxhash
 from cprec import dist
 from cprec.config import RunConfig
 from cprec.data.collate import collate
+from cprec.data.corpora import shown
 from cprec.data.dataset import PackedDataset, Step, open_corpora
 from cprec.data.remote import open_corpus, small_cache_warning, verify_file
 from cprec.data.sampler import permute
 from cprec.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DataError, DivergedError, raise_all
-from cprec.format import Manifest
+from cprec.format import Manifest, PackedCorpus
 from cprec.log import get_logger
 from cprec.log import progress as with_bar
 from cprec.process import only_writer
@@ -89,11 +90,14 @@ def train(config: RunConfig) -> bool:
 
 def _check_one_view(plan: Plan) -> None:
     """Every rank read the same manifests: machines have copies, and data at a URL may change in between. Collective."""
-    seen = dist.gather_texts([plan.data.model_dump_json()])
-    other = [str(rank) for rank, data in enumerate(seen) if data != seen[0]]
+    view = xxhash.xxh3_128(plan.data.model_dump_json().encode())
+    for manifest in plan.valid.values():  # the record is of training data only
+        view.update(manifest.model_dump_json().encode())
+    seen = dist.gather_texts([view.hexdigest()])
+    other = [str(rank) for rank, theirs in enumerate(seen) if theirs != seen[0]]
     if other:
-        raise DataError(f"data.packed={plan.config.data.packed}: rank {', '.join(other)} found other data there than "
-                        f"rank 0; give every machine the same copy, and start again")
+        raise DataError(f"data.packed={shown(plan.config.data.packed)}: rank {', '.join(other)} found other data there "
+                        f"than rank 0; give every machine the same copy, and start again")
 
 
 def _hold(run_dir: Path, held: ExitStack) -> None:
@@ -176,7 +180,7 @@ def validate(plan: Plan, engine: Engine, step: int) -> ValidationRecord:
 def _validate_corpus(plan: Plan, engine: Engine, name: str, manifest: Manifest) -> tuple[float, float]:
     """Summed loss and predicted tokens over all ranks. Ranks without a row left run a row that does not count, since
     under ZeRO-3 every rank takes part in every forward."""
-    corpus = open_corpus(plan.places[name], plan.cache)
+    corpus = _open_valid(plan, name, manifest)
     n_rows = min(plan.config.validation.rows_per_corpus, len(corpus))
     rows = permute(np.arange(n_rows), len(corpus), key=(plan.config.data.seed, name, 0))
     loss_sum = n_valid = 0.0
@@ -186,8 +190,21 @@ def _validate_corpus(plan: Plan, engine: Engine, name: str, manifest: Manifest) 
         loss = float(engine.row_losses(batch).sum())
         if mine < n_rows:
             loss_sum, n_valid = loss_sum + loss, n_valid + batch.n_valid
+    corpus.release()  # until the next validation, which may be hours away
     loss_sum, n_valid = dist.sum_over_ranks([loss_sum, n_valid])
     return loss_sum, n_valid
+
+
+_valid_corpora: dict[str, PackedCorpus] = {}
+"""The validation corpora of the process's run, by name."""
+
+
+def _open_valid(plan: Plan, name: str, manifest: Manifest) -> PackedCorpus:
+    """The corpus, opened at the run's first validation. Another manifest object, even if equal, is another run's."""
+    corpus = _valid_corpora.get(name)
+    if corpus is None or corpus.manifest is not manifest:
+        corpus = _valid_corpora[name] = open_corpus(plan.places[name], plan.cache, manifest=manifest)
+    return corpus
 
 
 @dataclass(frozen=True)
@@ -304,8 +321,9 @@ def _save(plan: Plan, engine: Engine, run_dir: Path, progress: Progress) -> None
 def _open_data(plan: Plan) -> PackedDataset:
     batch = plan.config.batch
     dataset = PackedDataset(
-        open_corpora(plan.sampler, plan.places, plan.cache), plan.sampler, global_batch_size=batch.global_batch_size,
-        micro_batch_size=batch.micro_batch_size, rank=dist.rank(), world_size=plan.world_size)
+        open_corpora(plan.sampler, plan.places, plan.cache, plan.train), plan.sampler,
+        global_batch_size=batch.global_batch_size, micro_batch_size=batch.micro_batch_size,
+        rank=dist.rank(), world_size=plan.world_size)
     manifests = [*plan.train.values(), *plan.valid.values()]
     if dist.rank() == 0 and plan.cache and (warning := small_cache_warning(plan.cache, manifests)):
         log.warning("%s", warning)

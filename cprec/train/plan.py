@@ -16,8 +16,9 @@ from cprec.data.corpora import (
     check_alike,
     check_fits,
     find_corpora,
-    manifests_of,
+    of_kind,
     read_data_record,
+    read_manifests,
     record_of,
     shown,
 )
@@ -146,8 +147,9 @@ def build_plan(config: RunConfig, world_size: int) -> Plan:
     """The plan of `config` on `world_size` ranks. Raises ConfigError or DataError listing what stands against it."""
     cache = cache_for(config.data.packed, folder=config.data.cache_dir, gb=config.data.cache_gb)
     places = find_corpora(config.data.packed, cache)
-    train = manifests_of(places, "train", config.data.packed, cache)
-    valid = manifests_of(places, "valid", config.data.packed, cache) if config.validation.every else {}
+    found = read_manifests(places, cache)
+    train = of_kind(found, "train", config.data.packed)
+    valid = of_kind(found, "valid", config.data.packed) if config.validation.every else {}
     check_alike({**train, **valid}, config.data.packed, allow_unaudited=config.data.allow_unaudited)
     _check_data(config, {**train, **valid})
     load_deepspeed_config(config.deepspeed)

@@ -38,7 +38,8 @@ def open_run(run_dir: Path, *, step: int, world_size: int | None = None) -> Pack
     begun = (run_dir / DATA).is_file()
     cache = cache_for(config.data.packed, folder=config.data.cache_dir, gb=config.data.cache_gb)
     places = find_corpora(config.data.packed, cache)
-    found = record_of(manifests_of(places, "train", config.data.packed, cache))
+    manifests = manifests_of(places, "train", config.data.packed, cache)
+    found = record_of(manifests)
     data = read_data_record(run_dir) if begun else found
     other = [name for name, c in found.corpora.items()
              if name in data.corpora and data.corpora[name].rows_hash != c.rows_hash]
@@ -55,7 +56,7 @@ def open_run(run_dir: Path, *, step: int, world_size: int | None = None) -> Pack
         raise ConfigError(f"--world-size {ranks}: give at least one rank")
     raise_all(check_batch(config.batch, ranks), of=f"{run_dir} on {ranks} ranks (--world-size)")
     return PackedDataset(
-        open_corpora(order.sampler, places, cache), order.sampler, world_size=ranks,
+        open_corpora(order.sampler, places, cache, manifests), order.sampler, world_size=ranks,
         global_batch_size=config.batch.global_batch_size, micro_batch_size=config.batch.micro_batch_size)
 
 

@@ -11,14 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
+from cprec import dist
 from cprec.config import Length
-from cprec.data.corpora import find_corpora, read_data_record
+from cprec.data.corpora import find_corpora, of_kind, read_data_record, read_manifests
 from cprec.data.dataset import PackedDataset, open_corpora
 from cprec.errors import CheckpointError, ConfigError, DataError
 from cprec.format import Manifest, read_manifest, write_atomically, write_manifest
 from cprec.settings import dump_settings
 from cprec.train.branch import branch_config
 from cprec.train.checkpoint import Checkpoint, State, checkpoint_name
+from cprec.train.loop import _check_one_view, _open_valid
 from cprec.train.plan import Plan, build_plan
 from cprec.train.run_folder import check_run_folder, claim_run_folder
 from cprec.train.steps import open_run, show_step
@@ -205,8 +207,8 @@ def test_a_corpus_of_the_trunk_may_be_gone_if_the_branch_does_not_read_it(
     assert branch.data.corpora == trunk.data.corpora and "only the trunk read it" in branch.text()
     with pytest.raises(DataError, match=r"specific/toys, which .*run was trained on, is in no folder of data.packed="):
         plan_of(branch_of(parent))
-    reader = PackedDataset(open_corpora(branch.sampler, branch.places, None), branch.sampler, global_batch_size=8,
-                           micro_batch_size=2)
+    reader = PackedDataset(open_corpora(branch.sampler, branch.places, None, branch.train), branch.sampler,
+                           global_batch_size=8, micro_batch_size=2)
     assert [len(b.corpus) for b in reader.step(8).batches] == [2, 2, 2, 2]
     with pytest.raises(DataError, match=r"rows of corpus specific/toys are to be read, and no folder"):
         reader.step(0)
@@ -320,3 +322,47 @@ def test_a_rank_that_is_not_there_and_a_folder_that_is_no_run_are_refused(
     (tmp_path / "config.yaml").write_text(dump_settings(tiny.run_config(world)))
     with pytest.raises(ConfigError, match="--rank 1: there are ranks 0 to 0"):
         next(show_step(open_run(tmp_path, step=1), 1, rank=1))
+
+
+# What the ranks of a run see, and what is read of it once
+
+
+@pytest.mark.parametrize("altered", ["mixed", "valid/toys"])
+def test_ranks_that_found_other_data_stop_and_tell_each_other_little(
+        world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, altered: str) -> None:
+    values = {**world, "validation": {"every": 6, "rows_per_corpus": 4}}
+    packed = Path(shutil.copytree(world["data"]["packed"], tmp_path / "packed"))
+    copy = plan_of({**values, "data": {**world["data"], "packed": str(packed)}})
+    shutil.rmtree(packed / altered)
+    tiny.write_corpus(packed, altered, model=Path(world["model"]["path"]), n_rows=25, seed=99,
+                      kind="valid" if altered.startswith("valid") else "train")
+    other = plan_of({**values, "data": {**world["data"], "packed": str(packed)}})
+    told: list[str] = []
+
+    def told_by_both(texts: list[str]) -> list[str]:
+        told.extend(texts)
+        return told
+
+    monkeypatch.setattr(dist, "gather_texts", told_by_both)
+    for same in (plan_of(values), copy):
+        _check_one_view(same)
+    with pytest.raises(DataError, match=r"data.packed=.*/packed: rank 2 found other data there than rank 0"):
+        _check_one_view(other)
+    assert [len(text) for text in told] == [32, 32, 32]  # a hash, not a list of shards
+
+
+def test_one_reading_of_the_manifests_serves_both_kinds(world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr("cprec.data.remote.read_manifest", lambda place: (read.append(place), read_manifest(place))[1])
+    manifests = read_manifests(find_corpora(world["data"]["packed"]), None)
+    assert list(of_kind(manifests, "train", "p")) == ["mixed", "specific/toys"]
+    assert list(of_kind(manifests, "valid", "p")) == ["valid/games", "valid/toys"]
+    assert len(read) == 4
+
+
+def test_a_run_opens_each_validation_corpus_once_and_another_run_anew(world: dict[str, Any]) -> None:
+    values = {**world, "validation": {"every": 6, "rows_per_corpus": 4}}
+    first, second = plan_of(values), plan_of(values)
+    corpus = _open_valid(first, "valid/toys", first.valid["valid/toys"])
+    assert _open_valid(first, "valid/toys", first.valid["valid/toys"]) is corpus and len(corpus) == 5
+    assert _open_valid(second, "valid/toys", second.valid["valid/toys"]) is not corpus

@@ -1,79 +1,51 @@
-"""Packed corpora at a URL: the bytes are the local ones, whatever is cut, killed, evicted or shared."""
+"""Packed corpora at a URL: the bytes are the local ones, whatever is altered, evicted or shared."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
 import sys
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
-import tiny
-from cut_proxy import CutProxy
+from remote_world import (
+    NAMES,
+    ROOM,
+    ROWS,
+    SEQ_LEN,
+    assert_same,
+    assert_same_rows,
+    child,
+    on_disk,
+    shard_files,
+    upload,
+    write_corpora,
+    write_corpus,
+)
 
 from cprec.data import remote
-from cprec.data.corpora import open_manifests
+from cprec.data.corpora import find_corpora, open_manifests
 from cprec.data.dataset import PackedDataset
 from cprec.data.remote import ShardCache, list_remote_corpora, open_corpus, small_cache_warning
 from cprec.data.sampler import Phase, Sampler, quotas_of
 from cprec.errors import ConfigError, DataError
-from cprec.format import (
-    Manifest,
-    PackedCorpus,
-    PackedRows,
-    TokenizerInfo,
-    read_manifest,
-    write_manifest,
-    write_row_facts,
-    write_shard,
-)
+from cprec.format import PackedCorpus, read_manifest
 from cprec.storage import is_lasting
-
-REPO = Path(__file__).parents[2]
-ROWS, SEQ_LEN = 40, 2048
-ROOM = 10 << 20
-NAMES = ["mixed", "specific/toys"]
-has_server = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("moto", "s3fs", "flask"))),
-                                reason="no S3 server or client: pip install 'moto[server]' s3fs")
-
-
-def write_corpus(folder: Path, *, seed: int, n_shards: int = 4) -> None:
-    """`n_shards` shards of 160 KB of seeded tokens, one document per row."""
-    folder.mkdir(parents=True)
-    rng, n = np.random.default_rng(seed), ROWS * n_shards
-    shards = [write_shard(folder / f"shard-{i:05d}.arrow", PackedRows(
-        rng.integers(2, 65_000, (ROWS, SEQ_LEN)).astype(np.uint16), np.full(ROWS, SEQ_LEN, np.int32),
-        np.ones(ROWS, np.int64), np.arange(ROWS) + ROWS * i, np.ones(ROWS, np.int64), np.zeros(ROWS, np.int32)))
-        for i in range(n_shards)]
-    write_manifest(folder, Manifest(
-        corpus="a", kind="train", seq_len=SEQ_LEN, dtype="uint16", n_rows=n, n_tokens=n * SEQ_LEN, n_pad=0,
-        n_documents=n, n_documents_by_domain={"a": n}, sum_squared_doc_lens=n * SEQ_LEN**2, seed=0, split_hash="0",
-        max_timestamp_ms=0, sources={}, template=tiny.TEMPLATE, template_hash=tiny.TEMPLATE.hash, shards=shards,
-        row_facts=write_row_facts(folder, shards),
-        tokenizer=TokenizerInfo(name="t", fingerprint="0", vocab_size=65_000, eos_id=1, pad_id=1)))
-
-
-def upload(packed: Path, url: str) -> None:
-    fs, inside = fsspec.core.url_to_fs(url)
-    for file in packed.rglob("*.*"):
-        fs.pipe_file(f"{inside}/{file.relative_to(packed)}", file.read_bytes())
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("local") / "packed"
-    for i, name in enumerate(NAMES):
-        write_corpus(folder / name, seed=i)
-    return folder
+    return write_corpora(tmp_path_factory.mktemp("local") / "packed")
 
 
 @pytest.fixture
@@ -89,65 +61,6 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
 
 
-@pytest.fixture(scope="module")
-def s3_port() -> Iterator[int]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()[1]
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def proxy(s3_port: int) -> Iterator[CutProxy]:
-    """Between the client and the S3 server, which the environment names."""
-    proxy = CutProxy(s3_port)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
-                            "AWS_ENDPOINT_URL": proxy.url}.items():
-            patch.setenv(name, value)
-        yield proxy
-    proxy.close()
-
-
-@pytest.fixture
-def bucket(proxy: CutProxy, packed: Path) -> str:
-    """The corpora in a bucket of their own."""
-    import s3fs
-
-    name = f"b{uuid.uuid4().hex}"
-    s3fs.S3FileSystem().mkdir(name)
-    upload(packed, f"s3://{name}/prepared/packed")
-    proxy.asked.clear()
-    return f"s3://{name}/prepared/packed"
-
-
-def assert_same(url: str, packed: Path, cache: ShardCache, names: list[str] = NAMES) -> None:
-    for name in names:
-        theirs, ours = open_corpus(f"{url}/{name}", cache), PackedCorpus(packed / name)
-        assert len(theirs) == len(ours) == 4 * ROWS
-        for i in np.random.default_rng(0).permutation(len(ours)):
-            assert (theirs[i].input_ids == ours[i].input_ids).all(), (name, i)
-
-
-def shard_files(cache: ShardCache) -> list[str]:
-    return sorted(p.name.split(".")[0] for p in cache.root.rglob("*.arrow"))
-
-
-def on_disk(root: Path) -> int:
-    """Bytes of the files below `root`, which others may be removing, or giving another name: each counts once."""
-    return sum({at.st_ino: at.st_size for p in root.rglob("*") if (at := remote._stat(p))}.values())
-
-
-def child(script: str, *args: object) -> subprocess.Popen[str]:
-    """A process that runs `script` with `cache = ShardCache(argv[1], ...)` at hand."""
-    start = ("import sys\nfrom cprec.data import remote\nfrom cprec.data.remote import ShardCache, open_corpus\n"
-             "remote.FIRST_WAIT_S = 0.001\ncache = ShardCache(sys.argv[1], 10 << 20)\n")
-    return subprocess.Popen([sys.executable, "-c", start + script, *map(str, args)], stdout=subprocess.PIPE, text=True,
-                            env=os.environ | {"PYTHONPATH": str(REPO)}, cwd=REPO)
-
-
 # What a URL means, on a storage in memory
 
 
@@ -161,6 +74,41 @@ def test_a_remote_folder_reads_as_the_local_one(in_memory: str, packed: Path, tm
 
 def test_a_local_folder_goes_through_the_same_door(packed: Path) -> None:
     assert open_corpus(f"{packed}/mixed", None).folder == packed / "mixed"
+
+
+def test_a_url_that_is_a_corpus_itself_is_found_by_its_own_name(in_memory: str, packed: Path, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, ROOM)
+    for url in (f"{in_memory}/mixed", f"{in_memory}/mixed/"):
+        assert list_remote_corpora(url) == ["."]
+        assert find_corpora(url, cache) == {"a": url} and list(open_manifests(url, "train", cache)) == ["a"]
+        assert_same_rows(open_corpus(url, cache), packed / "mixed")
+
+
+def test_looking_for_corpora_lists_no_shards(in_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, listed = fsspec.get_filesystem_class("memory"), []
+    ls = memory.ls
+    monkeypatch.setattr(memory, "ls", lambda self, path, **kw: (listed.append(path), ls(self, path, **kw))[1])
+    # info of the memory storage does not list; its find and walk would
+    assert list_remote_corpora(in_memory) == NAMES
+    below = in_memory.removeprefix("memory:/")
+    assert listed == [below, f"{below}/specific"]
+
+
+def test_a_server_that_hides_a_manifest_from_a_look_but_lists_it_has_the_corpus(
+        in_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(self: object, path: str, **_: object) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "info", hidden)
+    assert list_remote_corpora(f"{in_memory}/mixed") == ["."]
+
+
+def test_a_manifest_that_is_at_hand_is_not_read_again(in_memory: str, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ShardCache(tmp_path, ROOM)
+    manifest = remote.manifest_at(f"{in_memory}/mixed", cache)
+    monkeypatch.delattr("cprec.format.read_manifest")
+    assert len(open_corpus(f"{in_memory}/mixed", cache, manifest=manifest)[7].input_ids) == SEQ_LEN
 
 
 def test_shards_are_downloaded_when_they_are_read(in_memory: str, tmp_path: Path) -> None:
@@ -207,6 +155,14 @@ def test_with_room_for_two_shards_of_eight_everything_reads_right(in_memory: str
             assert on_disk(tmp_path) <= cache.limit_bytes
     # a mapped shard that was evicted would still take room: it is let go of
     assert sum(len(c._shards) for c in theirs) <= 4 and len(shard_files(cache)) == 2
+
+
+def test_pages_given_back_let_go_of_what_was_evicted(in_memory: str, tmp_path: Path) -> None:
+    corpus = open_corpus(f"{in_memory}/mixed", ShardCache(tmp_path, ROOM))
+    corpus[0], corpus[ROWS]
+    next(tmp_path.rglob("shard-00000.*.arrow")).unlink()
+    corpus.release()
+    assert list(corpus._shards) == [1]
 
 
 def test_a_shard_evicted_before_it_is_opened_is_fetched_again(in_memory: str, tmp_path: Path) -> None:
@@ -257,6 +213,71 @@ def test_a_full_disk_names_the_folder_and_what_is_free(
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.parametrize(("errno", "said"), [
+    (37, r"No locks available; name a folder on a local disk where you may write"),
+    (30, r"Read-only file system; name a folder on a local disk where you may write"),
+    (28, r"its disk is full: .* are free")])
+def test_a_disk_that_refuses_locks_or_writes_names_the_folder(
+        in_memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errno: int, said: str) -> None:
+    cache = ShardCache(tmp_path, ROOM)
+    known, info = cache.manifest_folder(f"{in_memory}/mixed"), remote.manifest_at(f"{in_memory}/mixed", cache).shards[0]
+    assert cache.fetch(f"{in_memory}/mixed", info).parent == known.parent
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno, os.strerror(errno))
+
+    monkeypatch.setattr(remote.fcntl, "flock", refuse)
+    attempts: list[Any] = [lambda: cache.manifest_folder(f"{in_memory}/specific/toys"),
+                           lambda: cache.fetch(f"{in_memory}/mixed", read_manifest(known).shards[1]),
+                           lambda: cache.verify(f"{in_memory}/mixed", info)]
+    for attempt in attempts:
+        with pytest.raises(DataError, match=rf"data.cache_dir={tmp_path}: .*{said}") as e:
+            attempt()
+        assert e.value.on_one_rank
+    monkeypatch.undo()
+    monkeypatch.setattr(remote, "write_atomically", refuse)
+    with pytest.raises(DataError, match=rf"data.cache_dir={tmp_path}: .*{said}"):
+        cache.manifest_folder(f"{in_memory}/specific/toys")
+
+
+def test_a_lock_is_free_when_its_holder_lets_go_whatever_was_forked_meanwhile(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    done = fork.Event()
+    for held in (remote._locked, remote._locked_if_free):
+        path = tmp_path / f"{held.__name__}.lock"
+        with held(path) as is_held:
+            worker = fork.Process(target=done.wait, daemon=True)  # inherits the open lock file, as DataLoader's do
+            worker.start()
+            assert is_held is not False
+        with remote._locked_if_free(path) as free:
+            assert free and worker.is_alive()
+        done.set()
+        worker.join()
+        done.clear()
+
+
+def test_a_download_that_ends_while_room_is_made_still_counts(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "c"
+    folder.mkdir()
+    old, ending = folder / "shard-0.00.arrow", folder / "shard-1.11.arrow.host-1.partial"
+    old.write_bytes(bytes(130_000))
+    ending.write_bytes(bytes(120_000))
+    if_free = remote._locked_if_free
+
+    @contextmanager
+    def when_it_has_ended(path: Path) -> Iterator[bool]:
+        if ending.exists():
+            ending.rename(folder / "shard-1.11.arrow")
+        with if_free(path) as free:
+            yield free
+
+    monkeypatch.setattr(remote, "_locked_if_free", when_it_has_ended)
+    # 250,000 bytes are there and 167,000 more wanted: the old shard has to go, and with it enough has gone
+    assert ShardCache(tmp_path, 300_000)._evict(167_000) == (-13_000, True)
+    assert [p.name for p in folder.iterdir() if p.suffix == ".arrow"] == ["shard-1.11.arrow"]
+
+
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"data.cache_dir=.*file/cache cannot be made: .*"):
@@ -282,7 +303,7 @@ def test_a_corpus_prepared_anew_is_read_anew_and_the_old_never_mixed_with_it(
     assert_same(in_memory, tmp_path / "packed", ShardCache(tmp_path / "cache", ROOM), ["mixed"])
     began_before = open_corpus(f"{in_memory}/mixed", old)  # a process keeps to the manifest it has seen
     assert (began_before[0].input_ids == PackedCorpus(packed / "mixed")[0].input_ids).all()
-    with pytest.raises(DataError, match=r"shard memory://.*/mixed/shard-00001.arrow has hash .*prepared anew"):
+    with pytest.raises(DataError, match=r"file memory://.*/mixed/shard-00001.arrow has hash .*prepared anew"):
         began_before[ROWS]
 
 
@@ -314,6 +335,21 @@ def test_a_cached_copy_of_another_size_or_a_damaged_one_is_downloaded_again(
         remote.verify_file(f"{in_memory}/mixed", info, cache)
     assert len(list(tmp_path.rglob("*mixed*/shard*.arrow"))) == 2
     assert_same(in_memory, packed, cache)
+
+
+def test_a_local_file_is_hashed_without_opening_its_corpus(packed: Path, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", seed=1)
+    manifest = read_manifest(tmp_path / "a")
+    (tmp_path / "a/manifest.json").unlink()
+    for info in manifest.files:
+        remote.verify_file(tmp_path / "a", info, None)
+    whole = (tmp_path / "a/rows.npy").read_bytes()
+    (tmp_path / "a/rows.npy").write_bytes(whole[:-1] + b"?")
+    (tmp_path / "a/shard-00001.arrow").unlink()
+    with pytest.raises(DataError, match=r"a/rows.npy has hash .*, its manifest says .*altered"):
+        remote.verify_file(tmp_path / "a", manifest.row_facts, None)
+    with pytest.raises(DataError, match=r"a/shard-00001.arrow is missing"):
+        remote.verify_file(tmp_path / "a", manifest.shards[1], None)
 
 
 def test_a_folder_without_corpora_and_an_unknown_storage_are_told(in_memory: str, tmp_path: Path) -> None:
@@ -364,8 +400,9 @@ def test_the_last_try_tells_the_byte_reached_and_the_cause(
 
 def test_a_cache_smaller_than_the_corpora_is_warned_of_with_numbers(packed: Path, tmp_path: Path) -> None:
     manifests = list(open_manifests(packed, "train").values())
-    total = sum(s.bytes for m in manifests for s in m.shards)
+    total = sum(s.bytes for m in manifests for s in [*m.shards, m.row_facts])
     assert small_cache_warning(ShardCache(tmp_path, total), manifests) is None
+    assert small_cache_warning(ShardCache(tmp_path, total - 1), manifests)  # too small by rows.npy alone
     text = small_cache_warning(ShardCache(tmp_path, total // 4), manifests)
     assert text and "all 8 shards" in text and "about 75% of them will wait" in text and "per 1,000 rows" in text
 
@@ -376,11 +413,12 @@ def test_threads_of_one_process_download_a_shard_once(
     bring = ShardCache._bring
     monkeypatch.setattr(ShardCache, "_bring", lambda self, a, i, p: (brought.append(a), bring(self, a, i, p))[1])
     cache = ShardCache(tmp_path, ROOM)
-    threads = [threading.Thread(target=assert_same, args=(in_memory, packed, cache)) for _ in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    corpora = {name: open_corpus(f"{in_memory}/{name}", cache) for name in NAMES}
+    with ThreadPoolExecutor(8) as pool:
+        reads = [pool.submit(assert_same_rows, corpora[name], packed / name, seed)
+                 for seed in range(4) for name in NAMES]
+    for read in reads:
+        read.result()
     assert len(brought) == len(set(brought)) == 8
 
 
@@ -407,109 +445,3 @@ def test_processes_that_need_more_than_the_limit_share_it_and_read_right(packed:
         threading.Event().wait(0.01)
     assert {r.communicate()[0].strip() for r in readers} == {digest.hexdigest()}
     assert 2 * shard < most <= limit
-
-
-# Against an S3 server, with connections cut
-
-
-READ_ALL = """
-import hashlib
-digest = hashlib.sha256()
-for name in sys.argv[3:]:
-    for row in open_corpus(f"{sys.argv[2]}/{name}", cache):
-        digest.update(row.input_ids.tobytes())
-print(digest.hexdigest())
-"""
-
-
-def digest_of(packed: Path, names: list[str] = NAMES) -> str:
-    digest = hashlib.sha256()
-    for name in names:
-        for row in PackedCorpus(packed / name):
-            digest.update(row.input_ids.tobytes())
-    return digest.hexdigest()
-
-
-@has_server
-def test_an_s3_bucket_reads_as_the_local_folder(bucket: str, packed: Path, proxy: CutProxy, tmp_path: Path) -> None:
-    cache = ShardCache(tmp_path, ROOM)
-    assert open_manifests(bucket, "train", cache) == open_manifests(packed, "train")
-    assert_same(bucket, packed, cache)
-    assert_same(bucket, packed, cache)
-    gets = {path: n for path, n in proxy.asked.items() if path.endswith(".arrow")}
-    assert len(gets) == 8 and set(gets.values()) == {1}
-
-
-@has_server
-@pytest.mark.parametrize("scheme", ["s3", "http"])
-def test_bytes_are_the_local_ones_through_cut_connections(
-        scheme: str, bucket: str, packed: Path, proxy: CutProxy, tmp_path: Path) -> None:
-    import s3fs
-
-    url = bucket
-    if scheme == "http":  # whose client, other than that of s3, tries nothing again by itself
-        s3fs.S3FileSystem().chmod(bucket.removeprefix("s3://").split("/")[0], "public-read")
-        for file in s3fs.S3FileSystem().find(bucket):
-            s3fs.S3FileSystem().chmod(file, "public-read")
-        url = f"{proxy.url}/{bucket.removeprefix('s3://')}"
-    cache = ShardCache(tmp_path, ROOM)
-    for name in NAMES:
-        cache.manifest_folder(f"{url}/{name}")
-    proxy.cut(100_000, times=20)
-    assert_same(url, packed, cache)
-    assert proxy.n_cut == 20
-
-
-@has_server
-def test_four_processes_download_each_shard_once(bucket: str, packed: Path, proxy: CutProxy, tmp_path: Path) -> None:
-    readers = [child(READ_ALL, tmp_path, bucket, *NAMES) for _ in range(4)]
-    assert {r.communicate()[0].strip() for r in readers} == {digest_of(packed)}
-    gets = {path: n for path, n in proxy.asked.items() if path.endswith(".arrow")}
-    assert len(gets) == 8 and set(gets.values()) == {1}
-
-
-@has_server
-def test_a_process_killed_in_a_download_leaves_nothing_that_others_trip_over(
-        bucket: str, packed: Path, proxy: CutProxy, tmp_path: Path) -> None:
-    proxy.hold.set()
-    first = child("open_corpus(f'{sys.argv[2]}/specific/toys', cache)[0]", tmp_path, bucket)
-    while not (left := list(tmp_path.rglob("*.partial"))):
-        assert first.poll() is None
-        threading.Event().wait(0.02)
-    second = child(READ_ALL, tmp_path, bucket, *reversed(NAMES))  # waits for the shard that the first is at
-    while not any(n > 1 for path, n in proxy.asked.items() if path.endswith("toys/manifest.json")):
-        threading.Event().wait(0.02)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    proxy.hold.clear()
-    assert second.communicate()[0].strip() == digest_of(packed, NAMES[::-1])
-    assert not list(tmp_path.rglob("*.partial")) and not left[0].exists()
-
-
-@has_server
-def test_a_dead_process_s_partial_of_a_shard_that_nobody_reads_gives_its_room_back(
-        bucket: str, packed: Path, proxy: CutProxy, tmp_path: Path) -> None:
-    cache = ShardCache(tmp_path, ROOM)
-    folder = cache.manifest_folder(f"{bucket}/mixed").parent
-    dead = folder / "shard-00009.00.arrow.some-1.partial"
-    dead.write_bytes(bytes(100_000))
-    open_corpus(f"{bucket}/mixed", cache)[0]
-    assert not dead.exists()
-
-
-@has_server
-def test_refused_access_and_a_missing_bucket_are_told_at_once(
-        bucket: str, proxy: CutProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = ShardCache(tmp_path, ROOM)
-    monkeypatch.setattr(remote, "TRIES", 1000)
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 1e6)
-    with pytest.raises(DataError, match=r"s3://no-such-bucket/packed/a/manifest.json does not exist"):
-        open_corpus("s3://no-such-bucket/packed/a", cache)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    with pytest.raises(DataError, match=r"access is refused: .*AWS_\* variables"):
-        open_corpus(f"{bucket}/specific/toys", cache)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()

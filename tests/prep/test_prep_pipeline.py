@@ -245,7 +245,7 @@ def test_a_lost_and_an_altered_shard_are_mended_by_what_their_message_says(
     shard.write_bytes(data)
     if is_lost:
         shard.unlink()
-    with pytest.raises(DataError, match=r"shard .*shard-00000-000.arrow .*run launch/prepare.py again, which makes"):
+    with pytest.raises(DataError, match=r"mixed/shard-00000-000.arrow .*run launch/prepare.py again, which makes"):
         PackedCorpus(copy_of_prepared / "packed" / "mixed").verify()
     shard.unlink(missing_ok=True)  # "delete it", says the message of the altered one
     prepare(shops.config(values))
