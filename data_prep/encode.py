@@ -1,8 +1,8 @@
 """Stage 5, encode: the token ids of every template segment, once each, in one ragged array; and the proof of it.
 
 reads: `catalogue.parquet`, `histories/`. writes: `segments.arrow` (one column of lists of ids: row 0 is what a document
-starts with, row 1 what it ends with, row 2 what stands before a supervised target, row 3 + i the text of item i),
-`segments.json`. Keeps 24 bytes per item in memory while writing, and the tokens of the tasks under way; the proof keeps
+starts with, row 1 what it ends with, row 2 what stands before a supervised target, row 3 one token of padding, row
+4 + i the text of item i), `segments.json`. Keeps 24 bytes per item in memory while writing, and the tokens of the tasks under way; the proof keeps
 the lines that its documents are made of.
 """
 
@@ -36,6 +36,7 @@ from data_prep.records import Counts, Layout
 from data_prep.workers import Workers, cached_tokenizer
 
 LINES_PER_TASK = 16384
+SEGMENTS_VERSION = 2
 SAMPLED_PER_CORPUS = 64
 
 
@@ -54,9 +55,10 @@ def encode_lines(task: Lines) -> Ragged:
 
 
 def encode_frame(tokenizer: Tokenizer, template: Template) -> list[list[int]]:
-    """Ids of what every document has: its start, its end, and what stands before a supervised target (else none)."""
+    """Ids of what every document has: its start, its end, what stands before a supervised target (else none); and one
+    token of padding."""
     tail, before_target = tokenizer.encode_after(template.any_line, [template.tail, template.before_target or ""])
-    return [tokenizer.encode_start(template.lead_in), [*tail, tokenizer.eos_id], before_target]
+    return [tokenizer.encode_start(template.lead_in), [*tail, tokenizer.eos_id], before_target, [tokenizer.pad_id]]
 
 
 def tokenizer_info(name: str, shown_name: str) -> TokenizerInfo:

@@ -50,7 +50,7 @@ from data_prep.workers import Workers, cached_tokenizer
 
 log = get_logger(__name__)
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 """To be raised when other rows are made of the same histories: parts of two ways to pack must not stand together."""
 LOW_FILL, MANY_ROWS = 0.95, 32
 """Below this share of tokens in so many rows the user is told how to pack better; the last rows of few are never

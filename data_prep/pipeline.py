@@ -29,7 +29,7 @@ from data_prep.clean import clean, k_core
 from data_prep.config import PrepConfig
 from data_prep.disk import name_a_full_disk
 from data_prep.duplicates import write_duplicates
-from data_prep.encode import encode_catalogue, prove, tokenizer_info
+from data_prep.encode import SEGMENTS_VERSION, encode_catalogue, prove, tokenizer_info
 from data_prep.engine import Engine
 from data_prep.engines.registry import connect
 from data_prep.ingest import Staging, ingest, plan_staging
@@ -141,7 +141,7 @@ class Preparation:
                   (at.histories("").parent,)),
             *([vocabulary] if trains else []),
             Stage("encode", ("vocabulary",) if trains else ("sequences",),
-                  {"tokenizer": {"path": c.tokenizer.path, "exact": c.tokenizer.exact}},
+                  {"tokenizer": {"path": c.tokenizer.path, "exact": c.tokenizer.exact}, "layout": SEGMENTS_VERSION},
                   self._encode, lambda: [at.segments, at.segments_info]),
             Stage("pack", ("encode",), {"pack": c.pack.model_dump(mode="json")},
                   self._pack, lambda: sorted(p for p in at.packed.rglob("*") if p.is_file()), (at.packed,)),

@@ -19,9 +19,9 @@ import pyarrow as pa
 
 from cprec.format import replacing
 
-START, END, TARGET, FIRST_ITEM = 0, 1, 2, 3
+START, END, TARGET, PAD, FIRST_ITEM = range(5)
 """Rows of the segment table: what a document starts with, what it ends with, what stands before its last item (of a
-supervised template; else an empty list), the text of item 0."""
+supervised template; else an empty list), one token of padding, the text of item 0."""
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32] | npt.NDArray[np.int32]
 

@@ -13,11 +13,15 @@ import numpy.typing as npt
 
 from cprec.format import PackedRows
 from data_prep.plan import Documents, RowPlan
-from data_prep.ragged import END, FIRST_ITEM, START, TARGET, Ids, Ints, Ragged, spans
+from data_prep.ragged import END, FIRST_ITEM, PAD, START, TARGET, Ids, Ints, Ragged, spans
 
 
 class TokenSource(Protocol):
     """Where documents' tokens come from."""
+
+    @property
+    def pad_doc(self) -> int | None:
+        """Place of a document that is one token of padding, so that rows are gathered with theirs; None: has none."""
 
     def tokens(self, docs: Ints) -> Ids:
         """Tokens of the documents at these places, end to end."""
@@ -29,25 +33,30 @@ class FromSegments:
 
     segments: Ragged
     parts: Ragged
-    """Of each document, the places of its parts in `segments`."""
+    """Of each document, the places of its parts in `segments`; the last is one token of padding."""
+
+    @property
+    def pad_doc(self) -> int:
+        return len(self.parts.offsets) - 2
 
     def tokens(self, docs: Ints) -> Ids:
         return self.segments.gather(self.parts.gather(docs))
 
 
 def parts_of_documents(documents: Documents) -> Ragged:
-    """Places in the segment table of all that makes up each document."""
+    """Places in the segment table of all that makes up each document, and last of one token of padding."""
     ends = np.cumsum(documents.n_items + 3)
-    parts = np.full(int(ends[-1]) if len(ends) else 0, END, dtype=np.int32)
+    n_parts = int(ends[-1]) if len(ends) else 0
+    parts = np.full(n_parts + 1, END, dtype=np.int32)
     starts = ends - documents.n_items - 3
     is_item = np.ones(len(parts), bool)
-    parts[starts], parts[ends - 3] = START, TARGET
-    is_item[starts] = is_item[ends - 3] = is_item[ends - 1] = False
+    parts[starts], parts[ends - 3], parts[-1] = START, TARGET, PAD
+    is_item[starts] = is_item[ends - 3] = is_item[ends - 1] = is_item[-1] = False
     items = documents.events
     if int(documents.n_items.sum()) != len(items):  # some were dropped
         items = items[spans(documents.first_event, documents.n_items)]
     parts[is_item] = items + FIRST_ITEM
-    return Ragged(parts, np.concatenate([[0], ends]))
+    return Ragged(parts, np.concatenate([[0], ends, [n_parts + 1]]))
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class FromWhole:
     """Documents that were tokenized whole: one list each."""
 
     lists: Ragged
+    pad_doc: None = None
 
     def tokens(self, docs: Ints) -> Ids:
         return self.lists.gather(docs)
@@ -65,8 +75,6 @@ def fill_rows(plan: RowPlan, documents: Documents, source: TokenSource, *, seq_l
     """The planned rows: tokens of their pieces, then padding; with a loss mask where the template has a target."""
     first_piece = np.cumsum(plan.pieces_per_row) - plan.pieces_per_row
     row_tokens = np.add.reduceat(plan.n_tokens, first_piece)
-    tokens = _of_pieces(source.tokens(plan.docs), plan, documents)
-    assert len(tokens) == row_tokens.sum(), f"{len(tokens)} tokens gathered, {row_tokens.sum()} planned"
     n_pad = seq_len - row_tokens
     padded = np.flatnonzero(n_pad)
     lens = np.insert(plan.n_tokens, (first_piece + plan.pieces_per_row)[padded], n_pad[padded])
@@ -74,9 +82,22 @@ def fill_rows(plan: RowPlan, documents: Documents, source: TokenSource, *, seq_l
     if has_loss_mask:
         mask = _padded(_of_pieces(_target_mask(documents, plan.docs), plan, documents), row_tokens, seq_len, pad=False)
     return PackedRows(
-        input_ids=_padded(tokens.astype(dtype, copy=False), row_tokens, seq_len, pad=pad_id),
+        input_ids=_input_ids(plan, documents, source, n_pad, seq_len, pad_id).astype(dtype, copy=False),
         doc_lens=lens.astype(np.int32), n_lens=plan.pieces_per_row + (n_pad > 0), doc_ids=documents.ids[plan.docs],
         n_docs=plan.pieces_per_row, n_pad=n_pad.astype(np.int32), loss_mask=mask)
+
+
+def _input_ids(plan: RowPlan, documents: Documents, source: TokenSource, n_pad: Ints, seq_len: int,
+               pad_id: int) -> npt.NDArray[Any]:
+    """Tokens of the rows, (n_rows, seq_len): padding gathered with them where documents are whole, else put in after."""
+    ends = np.cumsum(plan.pieces_per_row)
+    if source.pad_doc is not None and np.array_equal(documents.n_tokens[plan.docs], plan.n_tokens):
+        tokens = source.tokens(np.insert(plan.docs, np.repeat(ends, n_pad), source.pad_doc))
+        assert len(tokens) == len(ends) * seq_len, f"{len(tokens)} tokens gathered for {len(ends)} rows of {seq_len}"
+        return tokens.reshape(-1, seq_len)
+    pieces = _of_pieces(source.tokens(plan.docs), plan, documents)
+    assert len(pieces) + n_pad.sum() == len(ends) * seq_len, f"{len(pieces)} tokens gathered, not what was planned"
+    return _padded(pieces, seq_len - n_pad, seq_len, pad=pad_id)
 
 
 def _of_pieces(flat: npt.NDArray[Any], plan: RowPlan, documents: Documents) -> npt.NDArray[Any]:

@@ -22,7 +22,7 @@ from cprec.format import PackedRows, write_shard
 from data_prep.config import PackSettings
 from data_prep.pack import documents_of, part_tasks
 from data_prep.plan import Documents, best_fit
-from data_prep.ragged import END, START, TARGET, Ids, Ints, Ragged
+from data_prep.ragged import END, PAD, START, TARGET, Ids, Ints, Ragged
 from data_prep.rows import FromSegments, fill_rows
 
 BETWEEN = b"\0"
@@ -65,7 +65,7 @@ class RowSettings:
 def render_documents(packed: Packed, settings: PackSettings, folder: Path) -> list[Part]:
     """Write the text of every packed document below `folder`."""
     lines = pq.read_table(packed.layout.catalogue, columns=["line"])["line"].to_pylist()
-    known = {START: TEMPLATE.lead_in, END: BETWEEN.decode(), TARGET: ""}
+    known = {START: TEMPLATE.lead_in, END: BETWEEN.decode(), TARGET: "", PAD: ""}
     pieces = [known[i].encode() for i in sorted(known)] + [line.encode() for line in lines]
     ends = np.cumsum([len(p) for p in pieces], dtype=np.int64)
     letters: Any = np.frombuffer(b"".join(pieces), np.uint8)  # gathered as ids are, whatever their width
@@ -92,10 +92,16 @@ class _Encoded:
     lists: Ragged
     has_bos: bool
 
+    @property
+    def pad_doc(self) -> int:
+        return len(self.lists.offsets) - 2
+
     def tokens(self, docs: Ints) -> Ids:
-        n = len(self.lists.offsets) - 3
-        around = [np.full_like(docs, n)] * self.has_bos, [np.full_like(docs, n + 1)]
-        return self.lists.gather(np.stack([*around[0], docs, *around[1]], axis=1).reshape(-1))
+        bos, eos = self.pad_doc - 2, self.pad_doc - 1
+        parts = np.stack([*[np.full_like(docs, bos)] * self.has_bos, docs, np.full_like(docs, eos)], axis=1)
+        is_part = np.ones(parts.shape, bool)
+        is_part[docs == self.pad_doc] = [*[False] * self.has_bos, True, False]
+        return self.lists.gather(parts[is_part])
 
 
 def write_rows(part: Part, flat: npt.NDArray[np.uint32], lens: Ints, doc_ids: Ints, expected: Ints, *,
@@ -108,9 +114,9 @@ def write_rows(part: Part, flat: npt.NDArray[np.uint32], lens: Ints, doc_ids: In
     if not np.array_equal(n_tokens, expected):
         place = int(np.flatnonzero(n_tokens != expected)[0])
         raise DataError(f"{part.corpus}: document {place} has {n_tokens[place]} tokens there, {expected[place]} here")
-    ends = [settings.bos_id or 0, settings.eos_id]
+    ends = [settings.bos_id or 0, settings.eos_id, settings.pad_id]
     ids = np.concatenate([flat, ends], dtype=settings.dtype, casting="unsafe")
-    offsets = np.concatenate([[0], np.cumsum([*lens, 1, 1], dtype=np.int64)])
+    offsets = np.concatenate([[0], np.cumsum([*lens, 1, 1, 1], dtype=np.int64)])
     source = _Encoded(Ragged(ids, offsets), settings.bos_id is not None)
     none = np.zeros(0, np.int64)
     documents = Documents(ids=doc_ids, n_items=none, n_tokens=n_tokens, n_target_tokens=none, first_event=none,

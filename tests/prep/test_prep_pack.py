@@ -123,7 +123,7 @@ def test_long_histories_are_cut_at_item_borders(tokens: list[int], runs: list[tu
 
 
 # start 2, end 1 tokens; items of 3, 4 and 9 tokens; rows of 10: room 7
-SEGMENTS = ragged([[1, 1], [2], [], [5] * 3, [6] * 4, [7] * 9])
+SEGMENTS = ragged([[1, 1], [2], [], [0], [5] * 3, [6] * 4, [7] * 9])
 HISTORIES = [[0, 1], [0, 0, 0], [1, 2, 0]]
 
 
@@ -143,7 +143,7 @@ def test_documents_of_a_long_history_and_of_an_item_that_cannot_fit() -> None:
 
 
 def test_a_target_stands_behind_its_segment_and_needs_a_history_before_it() -> None:
-    segments = ragged([[1], [2], [3], [5] * 3, [6] * 4, [7] * 9])  # room 7 again
+    segments = ragged([[1], [2], [3], [0], [5] * 3, [6] * 4, [7] * 9])  # room 7 again
     made, source = documents_of_histories(HISTORIES, segments=segments, has_target=True)
     assert [divmod(i, 1 << 16) for i in made.ids.tolist()] == [(70, 0), (71, 0)]
     assert made.dropped == {2: 1} and made.n_alone == 3  # pieces of one item: nothing is left to be their history
