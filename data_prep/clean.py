@@ -312,8 +312,8 @@ def _clean_events(engine: Engine, layout: Layout, settings: CleanSettings, corpo
     n_good = sum(fate.get("", 0) for fate in fates.values())
     _require_events(engine, events, {d: fates[d] for d in sorted(chosen)})
     good = events.filter(events.reason == "").drop("item_id").rename(item_id="stands_for")
-    once = good.group_by(["user_id", "domain", "item_id", "ts_ms"]).agg(rating=good.rating.max())
-    n_kept = engine.write(once.mutate(h=event_hash(once, seed=seed)), layout.interactions, schema=CLEAN_INTERACTIONS,
-                          order_by=["user_id", "ts_ms", "h"])
+    # the hash names user, domain, item and time: of equal events the one with the highest rating stays
+    n_kept = engine.write(good.mutate(h=event_hash(good, seed=seed)), layout.interactions, schema=CLEAN_INTERACTIONS,
+                          order_by=["user_id", "ts_ms", "h", "rating"], last_of="h")
     counts.add("events dropped: the same user, item and time again", n_good - n_kept)
     counts.add("events kept", n_kept)

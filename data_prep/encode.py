@@ -1,9 +1,9 @@
 """Stage 5, encode: the token ids of every template segment, once each, in one ragged array; and the proof of it.
 
 reads: `catalogue.parquet`, `histories/`. writes: `segments.arrow` (one column of lists of ids: row 0 is what a document
-starts with, row 1 what it ends with, row 2 what stands before a supervised target, row 3 one token of padding, row
-4 + i the text of item i), `segments.json`. Keeps 24 bytes per item in memory while writing, and the tokens of the tasks under way; the proof keeps
-the lines that its documents are made of.
+starts with, row 1 what it ends with, row 2 what stands before a supervised target, row 3 one token of padding, row 4 +
+i the text of item i), `segments.json`. Keeps 24 bytes per item in memory while writing, and the tokens of the tasks
+under way; the proof keeps the lines that its documents are made of.
 """
 
 from __future__ import annotations

@@ -66,8 +66,11 @@ class Engine(ABC):
         return int(self.rows(table.agg(n=table.count()))[0]["n"])
 
     def write(self, table: Table, path: Path, *, schema: pa.Schema, order_by: Sequence[str],
-              number: str | None = None) -> int:
+              number: str | None = None, last_of: str | None = None) -> int:
         """Write the rows, cast to `schema`, sorted by `order_by` (nulls first); returns how many. By rename.
+
+        `last_of` names a column; of neighbours with one value in it only the last is written. Rows are sorted anyhow,
+        and a sort spills at any size, where grouping by as many keys as there are rows needs memory in the end.
 
         `number` names a column of `schema` that is the row's place in that order, from 0: counted while writing, where
         a window over all rows would have one task number them all.
@@ -75,6 +78,8 @@ class Engine(ABC):
         keys = [ibis.asc(table[k], nulls_first=True) for k in order_by]
         columns = dict.fromkeys([n for n in schema.names if n != number] + list(order_by))
         batches = self.batches(table.select(*columns).order_by(keys))
+        if last_of is not None:
+            batches = last_of_each(batches, last_of)
         return write_parquet(batches if number is None else numbered(batches, number), path, schema=schema)
 
 
@@ -84,6 +89,22 @@ def numbered(batches: Iterable[pa.RecordBatch], name: str) -> Iterator[pa.Record
     for batch in batches:
         yield batch.append_column(name, pa.array(np.arange(n, n + batch.num_rows)))
         n += batch.num_rows
+
+
+def last_of_each(batches: Iterable[pa.RecordBatch], name: str) -> Iterator[pa.RecordBatch]:
+    """The rows without those that have the value of the next row in column `name`, which has no null."""
+    held: pa.RecordBatch | None = None  # the last row so far: the next batch may begin with its value
+    for batch in batches:
+        if held is not None and batch.num_rows:
+            if held[name][0] != batch[name][0]:
+                yield held
+            held = None
+        if batch.num_rows:
+            differs = pc.not_equal(batch[name].slice(1), batch[name].slice(0, batch.num_rows - 1))
+            yield batch.slice(0, batch.num_rows - 1).filter(differs)
+            held = batch.slice(batch.num_rows - 1)
+    if held is not None:
+        yield held
 
 
 def in_order(value: Any, *, by: Any, where: Any = None) -> Any:

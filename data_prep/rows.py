@@ -89,7 +89,7 @@ def fill_rows(plan: RowPlan, documents: Documents, source: TokenSource, *, seq_l
 
 def _input_ids(plan: RowPlan, documents: Documents, source: TokenSource, n_pad: Ints, seq_len: int,
                pad_id: int) -> npt.NDArray[Any]:
-    """Tokens of the rows, (n_rows, seq_len): padding gathered with them where documents are whole, else put in after."""
+    """Tokens of the rows, (n_rows, seq_len): padding gathered with them where documents are whole, else added."""
     ends = np.cumsum(plan.pieces_per_row)
     if source.pad_doc is not None and np.array_equal(documents.n_tokens[plan.docs], plan.n_tokens):
         tokens = source.tokens(np.insert(plan.docs, np.repeat(ends, n_pad), source.pad_doc))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import resource
 import shutil
 import sys
@@ -20,7 +21,7 @@ import shops
 
 from cprec.errors import ConfigError, DataError
 from data_prep.config import Dataset
-from data_prep.engine import Engine, in_order, write_parquet
+from data_prep.engine import Engine, in_order, last_of_each, write_parquet
 from data_prep.engines.duckdb import DuckDBEngine
 from data_prep.ingest import DatasetTasks, parse
 from data_prep.mapping import chosen
@@ -287,3 +288,13 @@ def test_spark_refuses_a_memory_limit_that_it_cannot_start_with(tmp_path: Path, 
 
     with pytest.raises(ConfigError, match=message):
         start_session(memory_limit=limit, threads=1, master=None, spill=tmp_path)
+
+
+def test_of_neighbours_with_one_value_the_last_is_written_wherever_batches_end() -> None:
+    rows = [("a", 1), ("a", 2), ("b", 3), ("c", 4), ("c", 5), ("c", 6), ("d", 7)]
+    for ends in ([7], [1, 7], [2, 7], [2, 2, 4, 5, 7], [*range(8)]):
+        batches = [pa.record_batch({"h": [h for h, _ in rows[a:b]], "n": [n for _, n in rows[a:b]]},
+                                   schema=pa.schema([("h", pa.string()), ("n", pa.int64())]))
+                   for a, b in itertools.pairwise([0, *ends])]
+        assert [n for batch in last_of_each(batches, "h") for n in batch["n"].to_pylist()] == [2, 3, 6, 7]
+    assert list(last_of_each([], "h")) == []
