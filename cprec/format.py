@@ -1,9 +1,9 @@
-"""The border between preparation and training: packed shards, their manifest, prompt templates. Writer and reader.
+"""The border between preparation and training: packed shards and their manifest. Writer and reader.
 
 A corpus is a folder with `shard-00000-000.arrow`, ..., `rows.npy` and, written last by rename, `manifest.json`: without
 that it is unfinished. `rows.npy` repeats cost, n_labels and n_pad of all rows (`FACTS`), so that a step is dealt to the
-ranks without opening the shards of others. A shard is one uncompressed Arrow IPC file holding one record batch, read by
-memory map without a copy:
+ranks without opening the shards of others. A shard is one uncompressed Arrow IPC file holding one record batch, so that
+a row's tokens are found by arithmetic:
 
     input_ids  fixed_size_list<uint16|uint32>[seq_len]   tokens of the row's documents, then padding
     doc_lens   list<int32>    lengths of its documents in tokens, then of the padding iff n_pad > 0; sum is seq_len
@@ -13,24 +13,22 @@ memory map without a copy:
     cost       int64          attention cost in token pairs: the sum of the squares of doc_lens
     loss_mask  fixed_size_list<bool>[seq_len]   which tokens are to be predicted; only where the template is supervised
 
-Costs: the writer holds one shard; the reader holds none, it maps them and gives back the pages that it has read.
+Costs: the writer holds one shard; the reader holds none, it maps them and gives back the pages that it has read, or
+reads the tokens of many rows into memory of its own (`read_rows`).
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import io
-import itertools
 import json
 import mmap
 import os
-import re
 import resource
 import threading
 import weakref
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -41,9 +39,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cprec.errors import DataError, did_you_mean
+from cprec.errors import DataError
+from cprec.template import Template
 
 FORMAT_VERSION = 3
 ITEM_BITS = 16
@@ -59,115 +58,6 @@ Ints = npt.NDArray[np.int64]
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-ITEM_FIELDS = ("title", "domain", "brand", "category")
-_PART = re.compile(rf"\{{([^{{}}]*)\b({'|'.join(ITEM_FIELDS)})\b([^{{}}]*)\}}")
-
-
-class Template(_Record):
-    """How a history becomes text: `lead_in`, then one `item` per item, then `tail` and the end-of-sequence token.
-
-    An item's text may hold `{title}`, `{domain}`, `{brand}` and `{category}`. Only the title is always there; what
-    else stands between the braces vanishes with an empty field: `{title}{ by brand}` is "Lamp by Ikea" or "Lamp" (the
-    last field name between the braces is the field). Fields are put on one line. Two things would not be text to every
-    tokenizer and are written otherwise: "▁", which SentencePiece takes for a space, as "_"; and a text that would start
-    with "/" gets a "." before it, because the likes of Mistral's tekken join the slash with a line break before it.
-
-    With `before_target` the template is supervised: the text stands before the last item, and only that item, the tail
-    and the end-of-sequence token carry loss.
-
-    Wherever two parts meet, the first ends in a line break and the second starts with no white space, or the second
-    starts with one space: tokenizers do not merge across such borders. Preparation proves it for the one at hand.
-    """
-
-    name: str
-    version: int = 1
-    lead_in: str
-    item: str
-    before_target: str | None = None
-    tail: str = ""
-
-    @field_validator("item")
-    @classmethod
-    def _holds_known_fields(cls, value: str) -> str:
-        odd = re.search(r"\{[^{}]*\}|[{}]", _PART.sub("", value))
-        if odd:
-            word = re.sub(r"\W", "", odd[0])
-            raise ValueError(f"{odd[0]!r} names no field; {did_you_mean(word, ITEM_FIELDS)} (one field name between "
-                             f"braces, with text around it that vanishes where the field is empty: '{{ by brand}}')")
-        if "title" not in [part[1] for part in _PART.findall(value)]:
-            raise ValueError("no {title} in it: items could not be told apart")
-        return value
-
-    @model_validator(mode="after")
-    def _has_exact_borders(self) -> Template:
-        if not self.lead_in:
-            raise ValueError("lead_in is empty: the first item would start the text, where tokenizers treat it in "
-                             "another way; give at least a line break or a word")
-        wrong = [f"{a!r} and {b!r}" for a, b in self._borders() if not _is_exact_border(a, b)]
-        if wrong:
-            raise ValueError(f"tokenizers merge where these parts of the text meet: {'; '.join(dict.fromkeys(wrong))}; "
-                             f"end the first in a line break and start the second with neither white space nor '/', or "
-                             f"start the second with one space and end the first without")
-        return self
-
-    def _borders(self) -> Iterator[tuple[str, str]]:
-        """Every two parts that can meet in a document; "x" stands for the value of a field."""
-        items = [self.line({"title": "x"} | dict.fromkeys(there, "x"))
-                 for n in range(len(ITEM_FIELDS)) for there in itertools.combinations(ITEM_FIELDS[1:], n)]
-        before_items = [self.lead_in, *items]
-        if self.before_target:
-            yield from ((a, self.before_target) for a in before_items)
-            before_items.append(self.before_target)
-        yield from itertools.product(before_items, items)
-        if self.tail:
-            yield from ((a, self.tail) for a in items)
-
-    @property
-    def is_supervised(self) -> bool:
-        """Whether only the last item and what follows it carry loss."""
-        return self.before_target is not None
-
-    @property
-    def hash(self) -> str:
-        """Sha256 of what decides the text."""
-        parts = [self.lead_in, self.item, self.before_target, self.tail]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    @property
-    def any_line(self) -> str:
-        """Text of an item of which nothing is known: what stands before another part while that is encoded."""
-        return self.line(dict.fromkeys(ITEM_FIELDS, "x"))
-
-    def line(self, fields: Mapping[str, str]) -> str:
-        """The item's whole text. Braces inside a field's value stay text: substitution is done once."""
-        text = self._filled(fields).replace("▁", "_")
-        return f".{text}" if text.startswith("/") else text
-
-    def escapes(self, fields: Mapping[str, str]) -> bool:
-        """Whether the item's text holds what is written otherwise."""
-        text = self._filled(fields)
-        return "▁" in text or text.startswith("/")
-
-    def _filled(self, fields: Mapping[str, str]) -> str:
-        def filled(part: re.Match[str]) -> str:
-            value = " ".join(fields.get(part[2], "").split())
-            return f"{part[1]}{value}{part[3]}" if value else ""
-
-        return _PART.sub(filled, self.item)
-
-    def render(self, lines: Sequence[str]) -> str:
-        """A document's whole text but its end-of-sequence token, from its items' texts; of a supervised template
-        the last is the target."""
-        return "".join([self.lead_in, *lines[:-1], self.before_target or "", *lines[-1:], self.tail])
-
-
-def _is_exact_border(before: str, after: str) -> bool:
-    """Whether no tokenizer's rules that we know join characters of two texts that meet."""
-    if after.startswith(" "):
-        return not before[-1:].isspace() and after[1:2] != "" and not after[1:2].isspace()
-    return before.endswith("\n") and after[:1] != "/" and not after[:1].isspace()
 
 
 class TokenizerInfo(_Record):
@@ -457,12 +347,19 @@ def _values(array: pa.Array, dtype: str) -> npt.NDArray[Any]:
     return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * np.dtype(dtype).itemsize)
 
 
+def _bits(array: pa.Array) -> npt.NDArray[np.uint8]:
+    """A column of booleans without nulls, eight to a byte, lowest first, as a view."""
+    assert array.offset == 0
+    return np.frombuffer(array.buffers()[1], np.uint8)
+
+
 class Shard:
     """A mapped shard: its rows by their place in it."""
 
     def __init__(self, path: Path, info: ShardInfo, manifest: Manifest, *, at_random: bool) -> None:
         self.path = path
-        self._map = _map(path)
+        self.fd = os.open(path, os.O_RDONLY)
+        self._map = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ)
         batch = _open_batch(pa.py_buffer(self._map), path)
         _check_columns(batch, path, info, manifest)
         ids = _values(batch["input_ids"].values, manifest.dtype)
@@ -470,39 +367,53 @@ class Shard:
         self._doc_lens, self._len_offsets = self._ragged(batch["doc_lens"], "int32")
         self._doc_ids, self._id_offsets = self._ragged(batch["doc_ids"], "int64")
         self._n_pad, self._n_labels = (_values(batch[name], "int32").data for name in ("n_pad", "n_labels"))
-        self._loss_mask = batch["loss_mask"] if manifest.has_loss_mask else None
-        self._tokens_at = self.input_ids.ctypes.data - np.frombuffer(self._map, dtype=np.uint8, count=1).ctypes.data
-        self._row_bytes = self.input_ids.itemsize * manifest.seq_len
+        self.has_loss_mask = manifest.has_loss_mask
+        self._mask_bits = _bits(batch["loss_mask"].values) if manifest.has_loss_mask else None
+        self.tokens_at = self.input_ids.ctypes.data - np.frombuffer(self._map, dtype=np.uint8, count=1).ctypes.data
+        self.row_bytes = self.input_ids.itemsize * manifest.seq_len
+        self.other_bytes = len(self._map) - ids.nbytes
+        """Of all but the tokens."""
         if at_random:  # or the kernel reads 32 pages around each that is wanted
-            self._advise(mmap.MADV_RANDOM, self._tokens_at, ids.nbytes)
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+            self._advise(mmap.MADV_RANDOM, self.tokens_at, ids.nbytes)
+            after = self.tokens_at + ids.nbytes  # small, and soon wanted all over: at once, not page by page
+            self._advise(mmap.MADV_WILLNEED, after, len(self._map) - after)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the interpreter's end there is no `os`
+        if hasattr(self, "fd"):
+            close(self.fd)
 
     @staticmethod
-    def _ragged(column: pa.ListArray, dtype: str) -> tuple[npt.NDArray[Any], memoryview]:
-        return _values(column.values, dtype), _values(column.offsets, "int32").data
+    def _ragged(column: pa.ListArray, dtype: str) -> tuple[memoryview, memoryview]:
+        return _values(column.values, dtype).view(np.uint8).data, _values(column.offsets, "int32").data
 
     def _advise(self, what: int, start: int, n_bytes: int) -> None:
         first = start & -mmap.PAGESIZE
         self._map.madvise(what, first, start + n_bytes - first)
 
+    def documents(self, i: int) -> tuple[memoryview, memoryview]:
+        """Row i's `doc_lens` and `doc_ids`, as views of their bytes: arrays of a few numbers cost more."""
+        lens, ids = self._len_offsets, self._id_offsets
+        return self._doc_lens[4 * lens[i]:4 * lens[i + 1]], self._doc_ids[8 * ids[i]:8 * ids[i + 1]]
+
+    def loss_mask(self, i: int) -> npt.NDArray[np.bool_] | None:
+        """Row i's, unpacked from its bits."""
+        if self._mask_bits is None:
+            return None
+        n = self.input_ids.shape[1]
+        first = i * n
+        bits = np.unpackbits(self._mask_bits[first // 8:(first + n + 7) // 8], bitorder="little")
+        return bits[first % 8:first % 8 + n].view(np.bool_)
+
     def row(self, i: int) -> Row:
         """Its row i, as views."""
-        lens = self._doc_lens[self._len_offsets[i]:self._len_offsets[i + 1]]
-        ids = self._doc_ids[self._id_offsets[i]:self._id_offsets[i + 1]]
-        mask = None if self._loss_mask is None else self._loss_mask[i:i + 1].flatten().to_numpy(zero_copy_only=False)
-        return Row(self.input_ids[i], lens, ids, self._n_pad[i], self._n_labels[i], mask)
-
-    def will_need(self, i: int) -> None:
-        """Have the kernel start to read row i's tokens."""
-        self._advise(mmap.MADV_WILLNEED, self._tokens_at + i * self._row_bytes, self._row_bytes)
+        lens, ids = self.documents(i)
+        return Row(self.input_ids[i], np.frombuffer(lens, np.int32), np.frombuffer(ids, np.int64), self._n_pad[i],
+                   self._n_labels[i], self.loss_mask(i))
 
     def release(self) -> None:
         """Give back the pages that were read: they leave this process, not the page cache."""
         self._map.madvise(mmap.MADV_DONTNEED)
-
-
-def _map(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _check_columns(batch: pa.RecordBatch, path: Path, info: ShardInfo, manifest: Manifest) -> None:
@@ -515,6 +426,65 @@ def _check_columns(batch: pa.RecordBatch, path: Path, info: ShardInfo, manifest:
     if found != f"{info.rows} rows of {manifest.seq_len} {manifest.dtype}":
         raise DataError(f"shard {path} has {found}, its manifest says {info.rows} rows of {manifest.seq_len} "
                         f"{manifest.dtype}; prepare the corpus again")
+
+
+class TokenBuffer:
+    """Memory for the tokens of `n_rows` rows, to be read into again and again."""
+
+    def __init__(self, n_rows: int, seq_len: int, dtype: str) -> None:
+        self.tokens: Tokens = np.empty((n_rows, seq_len), dtype)
+        self.rows = [[row.data] for row in self.tokens]  # as `os.preadv` takes them
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to another process without what was read
+        return TokenBuffer, (*self.tokens.shape, self.tokens.dtype.name)
+
+
+def read_rows(places: Sequence[tuple[Shard, int]], n_pad: npt.NDArray[np.int32], buffer: TokenBuffer) -> PackedRows:
+    """Rows at some places of shards, in that order, their tokens read into `buffer`. Raises DataError when a shard is
+    shorter than it was.
+
+    Tokens are read, not mapped: a few KB at random cost more as page faults than as a copy, and what was mapped would
+    have to be given back. `n_pad`: (n,), of each row.
+    """
+    _read_tokens(places, buffer.rows)
+    lens, ids = zip(*[shard.documents(i) for shard, i in places], strict=True)
+    n, tokens = len(places), buffer.tokens[:len(places)]
+    mask = None
+    if any(shard.has_loss_mask for shard, _ in places):
+        mask = np.empty(tokens.shape, dtype=np.bool_)
+        for out, (shard, i) in zip(mask, places, strict=True):
+            out[:] = True if (known := shard.loss_mask(i)) is None else known
+    return PackedRows(
+        tokens, np.frombuffer(b"".join(lens), np.int32), np.fromiter(map(len, lens), np.int64, n) // 4,
+        np.frombuffer(b"".join(ids), np.int64), np.fromiter(map(len, ids), np.int64, n) // 8, n_pad, mask)
+
+
+_NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
+"""Read only what is in memory (Linux)."""
+
+
+def _read_tokens(places: Sequence[tuple[Shard, int]], rows: Sequence[list[memoryview]]) -> None:
+    """Read the tokens at `places` into `rows`: first what is in memory, then what has to come from the disk, for all
+    of which the kernel is asked at once."""
+    preadv, cold = os.preadv, []
+    for row, (shard, i) in zip(rows, places, strict=False):
+        try:
+            if preadv(shard.fd, row, shard.tokens_at + i * shard.row_bytes, _NO_WAIT) == shard.row_bytes:
+                continue
+        except OSError as e:
+            if e.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):  # not there, not known of this file
+                raise
+        cold.append((row, shard, shard.tokens_at + i * shard.row_bytes))
+    for _, shard, at in cold:
+        os.posix_fadvise(shard.fd, at, shard.row_bytes, os.POSIX_FADV_WILLNEED)
+    for buffers, shard, at in cold:
+        whole, done = buffers[0].cast("B"), 0
+        while done < shard.row_bytes:
+            n_read = preadv(shard.fd, [whole[done:]], at + done)
+            if n_read == 0:
+                raise DataError(f"shard {shard.path} has become shorter: nothing at byte {at + done:,}, where it had a "
+                                f"row; run launch/prepare.py again, which makes it anew")
+            done += n_read
 
 
 class _Facts:
@@ -542,8 +512,8 @@ Fetch = Callable[[ShardInfo], Path]
 T = TypeVar("T")
 _MOST_FILES = 65_536
 _MOST_OPEN = 4096
-"""Shards that a process has open at most: some 10 KB each, a file descriptor and a mapping, of which Linux allows a
-process 65,530."""
+"""Shards that a process has open at most: some 10 KB each, two file descriptors (one is the mapping's own) and a
+mapping, of which Linux allows a process 65,530."""
 _open_shards: deque[tuple[weakref.ref[PackedCorpus], int]] = deque()
 """Of all corpora of this process, oldest first."""
 _opening = threading.Lock()
@@ -551,14 +521,14 @@ _opening = threading.Lock()
 
 @cache
 def _most_open() -> int:
-    """`_MOST_OPEN`, or half of the file descriptors that this process may have. Of those it first takes what it may:
-    most systems begin with 1,024 and allow many more."""
+    """`_MOST_OPEN`, or as many as take half of the file descriptors that this process may have. Of those it first
+    takes what it may: most systems begin with 1,024 and allow many more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
-    return _MOST_OPEN if soft == resource.RLIM_INFINITY else min(_MOST_OPEN, soft // 2)
+    return _MOST_OPEN if soft == resource.RLIM_INFINITY else min(_MOST_OPEN, soft // 4)
 
 
 class PackedCorpus:
@@ -580,7 +550,8 @@ class PackedCorpus:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder) if manifest is None else manifest
         self._fetch, self._at_random = fetch, at_random
-        self._ends = list(itertools.accumulate(s.rows for s in self.manifest.shards))
+        self._ends = np.cumsum([s.rows for s in self.manifest.shards], dtype=np.int64)
+        self._n_rows = sum(s.rows for s in self.manifest.shards)
         self._shards: dict[int, Shard] = {}
         self._touched: set[Shard] = set()
         self._facts: _Facts | None = None
@@ -632,18 +603,28 @@ class PackedCorpus:
             for number in [n for n, shard in list(self._shards.items()) if not shard.path.exists()]:
                 self._close(number)
 
+    @property
+    def is_fetched(self) -> bool:
+        """Whether its files have to be brought here first, and may be evicted."""
+        return self._fetch is not None
+
     def _place(self, i: int) -> tuple[int, int]:
         """Number of row i's shard, and its place there."""
         assert 0 <= i < len(self), f"row {i} of {len(self)}"
-        number = bisect_right(self._ends, i)
-        return number, i - self._ends[number - 1] if number else i
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        return number, i - int(self._ends[number - 1]) if number else i
 
-    def _find(self, i: int) -> tuple[Shard, int]:
-        number, place = self._place(i)
-        return self._shards.get(number) or self._open(number), place
+    def find(self, rows: Ints) -> list[tuple[Shard, int]]:
+        """Each row's shard, opened, and its place there; waits only for shards that have to be fetched."""
+        numbers = np.searchsorted(self._ends, rows, side="right")
+        places = (rows - np.where(numbers > 0, self._ends[numbers - 1], 0)).tolist()
+        shards = self._shards
+        found = [(shards.get(n) or self._open(n), i) for n, i in zip(numbers.tolist(), places, strict=True)]
+        self._touched.update([shard for shard, _ in found])
+        return found
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._n_rows
 
     def locate(self, i: int) -> tuple[str, int]:
         """Shard file and the row's place in it, for messages."""
@@ -654,7 +635,8 @@ class PackedCorpus:
         self._n_read += 1
         if self._n_read > self.RELEASE_ROWS:
             self.release()
-        shard, place = self._find(i)
+        number, place = self._place(i)
+        shard = self._shards.get(number) or self._open(number)
         self._touched.add(shard)
         return shard.row(place)
 
@@ -667,10 +649,10 @@ class PackedCorpus:
             self._facts = self._open_file(self.manifest.row_facts, lambda path: _Facts(path, len(self)))
         return self._facts.of[rows]
 
-    def will_need(self, i: int) -> None:
-        """Have the kernel start to read row i from the disk; waits only for a shard that has to be fetched."""
-        shard, place = self._find(i)
-        shard.will_need(place)
+    @property
+    def mapped_bytes(self) -> int:
+        """At most so many are in memory of what was read beside the tokens."""
+        return sum(shard.other_bytes for shard in list(self._touched)) + (self._facts.of.nbytes if self._facts else 0)
 
     def release(self) -> None:
         """Give back the pages of all rows that were read; arrays that are views of them stay valid."""

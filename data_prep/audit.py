@@ -21,18 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cprec.errors import DataError
-from cprec.format import (
-    ITEM_BITS,
-    Audit,
-    Manifest,
-    PackedCorpus,
-    Row,
-    Template,
-    list_corpora,
-    write_atomically,
-    write_manifest,
-)
+from cprec.format import ITEM_BITS, Audit, Manifest, PackedCorpus, Row, list_corpora, write_atomically, write_manifest
 from cprec.log import get_logger
+from cprec.template import Template
 from cprec.tokenizer import Tokenizer
 from data_prep.config import PrepConfig
 from data_prep.encode import read_some_lines

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cprec.errors import did_you_mean
-from cprec.format import Template
 from cprec.settings import Settings, describe_problems
+from cprec.template import Template
 from data_prep.records import PARSER_NAMES, TEMPLATE_NAMES, Corpora, PackMode
 from data_prep.templates import template_of
 

@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cprec.errors import DataError
-from cprec.format import Template, TokenizerInfo, write_atomically
+from cprec.format import TokenizerInfo, write_atomically
+from cprec.template import Template
 from cprec.tokenizer import Tokenizer
 from data_prep.ragged import (
     FIRST_ITEM,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cprec.errors import DataError, did_you_mean, n_of, raise_all
-from cprec.format import Template
+from cprec.template import Template
 from cprec.tokenizer import Tokenizer, load_tokenizer
 from data_prep.config import EngineSettings, PrepConfig
 from data_prep.engines.registry import connect

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.errors import DataError, n_of
-from cprec.format import Template
+from cprec.template import Template
 from cprec.tokenizer import Tokenizer
 from data_prep.clean import clean_title
 from data_prep.engine import Engine, Table

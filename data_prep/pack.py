@@ -31,7 +31,6 @@ from cprec.format import (
     MANIFEST,
     Manifest,
     ShardInfo,
-    Template,
     TokenizerInfo,
     write_atomically,
     write_manifest,
@@ -39,6 +38,7 @@ from cprec.format import (
     write_shard,
 )
 from cprec.log import get_logger
+from cprec.template import Template
 from data_prep.config import PackSettings
 from data_prep.engine import ROW_GROUP_ROWS
 from data_prep.plan import PACK_MODES, Documents, cut_histories, document_ids

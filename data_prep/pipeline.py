@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from cprec.errors import ConfigError, DataError
-from cprec.format import MANIFEST, Template, TokenizerInfo, list_corpora, read_manifest, write_atomically
+from cprec.format import MANIFEST, TokenizerInfo, list_corpora, read_manifest, write_atomically
 from cprec.log import get_logger
 from cprec.process import only_writer
 from cprec.settings import dump_settings
+from cprec.template import Template
 from cprec.tokenizer import TRAINED
 from data_prep.audit import audit
 from data_prep.clean import clean, k_core

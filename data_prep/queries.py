@@ -11,7 +11,8 @@ import ibis
 import pyarrow as pa
 
 from cprec.errors import DataError, n_of
-from cprec.format import MANIFEST, QueriesManifest, Template, file_hash, write_atomically
+from cprec.format import MANIFEST, QueriesManifest, file_hash, write_atomically
+from cprec.template import Template
 from data_prep.config import QuerySettings
 from data_prep.engine import Engine, Table, in_order
 from data_prep.records import Corpora, Counts, Layout, Split, utc

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from cprec.errors import DataError
-from cprec.format import Template
 from cprec.log import get_logger
+from cprec.template import Template
 from data_prep.config import SequenceSettings
 from data_prep.engine import Engine, Table, in_order, numbered, write_parquet
 from data_prep.records import Corpora, Counts, Layout, Split

@@ -1,7 +1,7 @@
 """The prompt templates that turn a history into text, and the choice of one by a config.
 
-reads: nothing. writes: nothing. A template is data (see `cprec.format.Template`); an entry in TEMPLATES and its name in
-`data_prep.records.TEMPLATE_NAMES` make a new one. `Red lamp` by `Acme` in the shop `home`, then `Oak desk`, become
+reads: nothing. writes: nothing. A template is data (see `cprec.template.Template`); an entry in TEMPLATES and its name
+in `data_prep.records.TEMPLATE_NAMES` make a new one. `Red lamp` by `Acme` in the shop `home`, then `Oak desk`, become
 
     cprec       Items that one person chose, in order of time:⏎Red lamp⏎Oak desk⏎
     compact     Items that one person chose, in order of time: Red lamp; Oak desk;
@@ -12,7 +12,7 @@ reads: nothing. writes: nothing. A template is data (see `cprec.format.Template`
 
 from __future__ import annotations
 
-from cprec.format import Template
+from cprec.template import Template
 
 _LEAD_IN = "Items that one person chose, in order of time"
 

@@ -20,8 +20,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from cprec.errors import DataError
-from cprec.format import Template, replacing, write_atomically
+from cprec.format import replacing, write_atomically
 from cprec.log import get_logger
+from cprec.template import Template
 from data_prep.records import Corpora, Counts, Layout
 
 log = get_logger(__name__)

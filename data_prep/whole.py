@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cprec.format import Template
+from cprec.template import Template
 from cprec.tokenizer import Tokenizer
 from data_prep.plan import Documents, document_ids
 from data_prep.ragged import Ints, Ragged, map_ragged, ragged, write_batch

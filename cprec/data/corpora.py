@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from cprec.data.remote import ShardCache, list_remote_corpora, manifest_at
 from cprec.errors import CheckpointError, DataError, raise_all
-from cprec.format import Manifest, Template, list_corpora
+from cprec.format import Manifest, list_corpora
 from cprec.settings import Settings
 from cprec.storage import is_url
+from cprec.template import Template
 
 DATA = "data.json"
 Packed = str | Path | Sequence[str | Path]

@@ -1,23 +1,26 @@
-"""From packed corpora to the micro-batches of a step, for one rank: read, deal, collate, one step ahead.
+"""From packed corpora to the micro-batches of a step, for one rank: deal, read, collate, ahead of who asks.
 
-reads: packed corpora, by memory map; those at a URL through a cache. State: the step (and the micro-step, between two
-batches); `step(n)` is a pure function of n, so a run resumes at any step, on any world size that divides the global
-batch, with the same rows in each step. Training reads `steps`; `PackedDataset` alone is an iterable dataset of torch:
+reads: packed corpora; those at a URL through a cache. State: the step (and the micro-step, between two batches);
+`step(n)` is a pure function of n, so a run resumes at any step, on any world size that divides the global batch, with
+the same rows in each step. Training reads `steps`; `PackedDataset` alone is an iterable dataset of torch:
 
     dataset = PackedDataset.open("prepared/shop/packed", global_batch_size=64, micro_batch_size=8)
     for batch in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2): ...
 
-Costs: one prefetch thread, the batches of three steps (one in use, one ready, one in the making); resident memory
-does not grow with the corpora.
+Small steps are made several at once: one, two, four, ... up to some 130,000 tokens of a rank, so that the first batch
+is there at once. Costs: one prefetch thread; three times as many batches as are made at once (in use, ready, in the
+making); resident memory does not grow with the corpora.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,23 +28,32 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from cprec.data.collate import Batch, Memory, collate
+from cprec.data.collate import Batch, Memory, assemble
 from cprec.data.corpora import Packed, check_alike, find_corpora, manifests_of
 from cprec.data.remote import ShardCache, open_corpus
-from cprec.data.sampler import Phase, Position, Sampler, quotas_of, resolve_mix
+from cprec.data.sampler import PERIOD, Phase, Position, Sampler, badly_rounded, quotas_of, resolve_mix
 from cprec.errors import ConfigError, DataError
-from cprec.format import FACTS, Manifest, PackedCorpus
+from cprec.format import FACTS, Manifest, PackedCorpus, TokenBuffer, read_rows
+from cprec.log import get_logger
+
+log = get_logger(__name__)
 
 Ints = npt.NDArray[np.int64]
 _BLOCK_ROWS = 4096
-"""The sampler is asked for about so many positions at a time."""
-_RELEASE_ROWS = 256
-"""After so many rows the pages that were read are given back; the kernel maps some 200 KB around each."""
+"""The sampler is asked for so many positions at a time."""
+_DEALT_ROWS = 1 << 14
+"""So many rows of all ranks are dealt at once, or one step."""
+_CHUNK_TOKENS, _CHUNK_ROWS = 1 << 17, 128
+"""So many of a rank's tokens, or rows, are read and collated at once: enough that what a call of numpy or torch costs
+no longer counts, few enough that the batches come from the processor's cache."""
+_RELEASE_ROWS, _RELEASE_BYTES = 256, 64 << 20
+"""After so many rows the pages that were read beside the tokens are given back where they may be so many bytes; the
+kernel maps up to 256 KB of them for each row."""
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """The n rows of a step, in the order of the sampler, and who gets which. (n,) each."""
+    """The n rows of a step, or of several, in the order of the sampler, and who gets which. (n,) each."""
 
     corpus: Ints
     row: Ints
@@ -64,12 +76,14 @@ class Step:
 
 
 def deal(cost: Ints, *, world_size: int, micro_batch_size: int) -> Ints:
-    """Which row of a step goes where: places in `cost` (n,) as (grad_accum, micro_batch_size, world_size).
+    """Which row of a step goes where: places in `cost` (n_steps, n), all counted on, as (n_steps * grad_accum,
+    micro_batch_size, world_size).
 
     Rows are sorted by attention cost and dealt back and forth, so that the ranks of a micro-step, which wait for each
     other in every layer, get rows of nearly equal cost. The set of rows, and so the gradient, is unchanged.
     """
-    dealt = np.argsort(-cost, kind="stable").reshape(-1, micro_batch_size, world_size)
+    first = np.arange(len(cost))[:, None] * cost.shape[1]
+    dealt: Ints = (np.argsort(-cost, axis=1, kind="stable") + first).reshape(-1, micro_batch_size, world_size)
     dealt[:, 1::2] = dealt[:, 1::2, ::-1]  # back and forth, as cards are dealt
     return dealt
 
@@ -96,7 +110,8 @@ class PackedDataset(IterableDataset[Batch]):
         self.micro_batch_size = micro_batch_size
         self.rank, self.world_size = rank, world_size
         self._memory = Memory(pin=torch.cuda.is_available())
-        self._asked: tuple[int, StepRows] | None = None  # the step whose rows were asked for last
+        self._buffers: deque[TokenBuffer] = deque()  # that no thread reads into
+        self._asked: tuple[range, StepRows] | None = None  # the steps whose rows were asked for last
         self._n_unreleased = 0
         self._next = 0  # of this rank's micro-batches since the beginning
 
@@ -106,7 +121,8 @@ class PackedDataset(IterableDataset[Batch]):
              world_size: int = 1, cache: ShardCache | None = None, allow_unaudited: bool = False) -> PackedDataset:
         """The training corpora below `packed` under one mixture (`resolve_mix`; default: in proportion to size).
 
-        `micro_batch_size` defaults to all of a rank's rows; a URL needs a `cache`. Raises ConfigError or DataError.
+        `micro_batch_size` defaults to all of a rank's rows; a URL needs a `cache`. Warns of weights that whole rows do
+        not hold. Raises ConfigError or DataError.
         """
         places = find_corpora(packed, cache)
         manifests = manifests_of(places, "train", packed, cache)
@@ -114,6 +130,9 @@ class PackedDataset(IterableDataset[Batch]):
         weights = resolve_mix(mix, {name: m.n_tokens for name, m in manifests.items()}, field="mix")
         sampler = Sampler(tuple(manifests), tuple(m.n_rows for m in manifests.values()),
                           (Phase(0, quotas_of(list(weights.values()))),), int(seed))
+        for r in badly_rounded(list(weights.values())):
+            log.warning("mix: %s wants %.3g of %d rows and gets %d; give it a larger weight, or none",
+                        sampler.names[r.corpus], r.share * PERIOD, PERIOD, r.quota)
         return cls(open_corpora(sampler, places, cache, manifests), sampler, global_batch_size=global_batch_size,
                    micro_batch_size=micro_batch_size or max(global_batch_size // world_size, 1),
                    rank=rank, world_size=world_size)
@@ -125,54 +144,66 @@ class PackedDataset(IterableDataset[Batch]):
 
     def step_rows(self, step: int) -> StepRows:
         """The step's rows over all ranks: the same set for every world size."""
+        return self._rows(range(step, step + 1))
+
+    def _rows(self, steps: range) -> StepRows:
         asked = self._asked
-        if asked is None or asked[0] != step:
-            asked = self._asked = (step, self._deal(step))
+        if asked is None or asked[0] != steps:
+            asked = self._asked = (steps, self._deal(steps))
         return asked[1]
 
-    def _deal(self, step: int) -> StepRows:
-        at = _positions(self.sampler, step, self.global_batch_size)
-        facts = np.empty(self.global_batch_size, dtype=FACTS)
-        for c in np.flatnonzero(np.bincount(at.corpus)).tolist():
-            here = at.corpus == c
+    def _deal(self, steps: range) -> StepRows:
+        n = len(steps) * self.global_batch_size
+        at = _positions(self.sampler, steps.start * self.global_batch_size, n)
+        facts = np.empty(n, dtype=FACTS)
+        for c, here in _by_corpus(at.corpus):
             facts[here] = self.corpus(c).facts(at.row[here])
-        dealt = deal(facts["cost"], world_size=self.world_size, micro_batch_size=self.micro_batch_size)
         cost, n_labels, n_pad = (facts[name].astype(np.int64) for name in ("cost", "n_labels", "n_pad"))
+        dealt = deal(cost.reshape(len(steps), -1), world_size=self.world_size, micro_batch_size=self.micro_batch_size)
         return StepRows(at.corpus, at.row, cost, n_labels, n_pad, dealt)
 
     def step(self, step: int) -> Step:
         """This rank's part of a step, ready for the device."""
-        rows = self.step_rows(step)
-        batches = [self._collate(rows, micro_step) for micro_step in range(self.grad_accum_steps)]
-        return Step(batches, int(rows.n_labels.sum()), int(rows.n_pad.sum()), int(rows.cost.sum()))
+        return self._make(range(step, step + 1))[0]
+
+    def _make(self, steps: range) -> list[Step]:
+        rows, most = self._rows(steps), self._batches_at_once
+        batches = [batch for first in range(0, len(rows.dealt), most)
+                   for batch in self._read(rows, slice(first, first + most))]
+        n_valid, n_pad, cost = (values.reshape(len(steps), -1).sum(axis=1).tolist()
+                                for values in (rows.n_labels, rows.n_pad, rows.cost))
+        n = self.grad_accum_steps
+        return [Step(batches[i * n:(i + 1) * n], n_valid[i], n_pad[i], cost[i]) for i in range(len(steps))]
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
-        """Every step from `first` to before `last`, prepared one ahead by a thread, which then has the rows of the step
-        after that brought from the disk."""
+        """Every step from `first` to before `last`. A thread makes the next ones while these are in use, and then has
+        the shards of those after them brought here."""
+        most = min(self._batches_at_once // self.grad_accum_steps, _DEALT_ROWS // self.global_batch_size)
+        parts = _growing(first, last, most)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="cprec-reader") as reader:
-            ahead: Future[Step] | None = reader.submit(self.step, first) if first < last else None
-            for step in range(first, last):
-                assert ahead is not None
-                ready = ahead.result()
-                if step + 1 < last:
-                    ahead = reader.submit(self.step, step + 1)
-                if step + 2 < last:
-                    reader.submit(self._ask_for, step + 2)  # what is wrong there will be told when it is read
-                yield ready
+            part, after = next(parts, None), next(parts, None)
+            making = reader.submit(self._make, part) if part else None
+            while making:
+                ready = making.result()
+                making = reader.submit(self._make, after) if after else None
+                after = next(parts, None)
+                if after:
+                    reader.submit(self._ask_for, after)  # what is wrong there will be told when it is read
+                yield from ready
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         turn, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        accum = self.grad_accum_steps
+        most = min(self._batches_at_once, max(_DEALT_ROWS // self.global_batch_size, 1) * accum // stride)
         first = self._next + (turn - self._next) % stride
-        step, rows = -1, None
-        while True:
-            if first // self.grad_accum_steps != step or rows is None:
-                step = first // self.grad_accum_steps
-                rows = self.step_rows(step)
-            batch = self._collate(rows, first % self.grad_accum_steps)
-            first += stride
-            self._next = first
-            yield batch
+        for part in _growing(first // stride, None, most):  # of this worker's turns
+            numbers = np.array(part) * stride + turn
+            begin = int(numbers[0]) // accum
+            rows = self._rows(range(begin, int(numbers[-1]) // accum + 1))
+            for number, batch in zip(numbers.tolist(), self._read(rows, numbers - begin * accum), strict=True):
+                self._next = number + stride
+                yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, as torchdata's StatefulDataLoader wants it: the next micro-batch and the order it is of."""
@@ -201,27 +232,58 @@ class PackedDataset(IterableDataset[Batch]):
             named.append(f"{self.sampler.names[c]} row {r} ({shard}:{place})")
         return sorted(named)
 
-    def _ask_for(self, step: int) -> None:
-        """Have the kernel read this rank's rows of a step, all at once, while others are worked on."""
-        rows = self.step_rows(step)
+    def _ask_for(self, steps: range) -> None:
+        """Have the shards of this rank's rows here, while others are worked on."""
+        rows = self._rows(steps)
         mine = rows.dealt[:, :, self.rank].reshape(-1)
-        for c, r in zip(rows.corpus[mine].tolist(), rows.row[mine].tolist(), strict=True):
-            self.corpus(c).will_need(r)
+        for c, here in _by_corpus(rows.corpus[mine]):
+            if (corpus := self.corpus(c)).is_fetched:
+                corpus.find(rows.row[mine][here])
 
-    def _collate(self, rows: StepRows, micro_step: int) -> Batch:
-        mine = rows.dealt[micro_step, :, self.rank]
-        corpus = rows.corpus[mine].tolist()
-        read = [self.corpus(c)[r] for c, r in zip(corpus, rows.row[mine].tolist(), strict=True)]
-        batch = collate(read, corpus, self._memory if get_worker_info() is None else None)
-        self._release(len(read))
-        return batch
+    def _read(self, rows: StepRows, micro_steps: slice | Ints) -> list[Batch]:
+        """This rank's batches of some micro-steps of `rows`."""
+        mine = rows.dealt[micro_steps, :, self.rank].reshape(-1)
+        corpus = rows.corpus[mine]
+        places: list[Any] = [None] * len(mine)
+        for c, here in _by_corpus(corpus):
+            for i, place in zip(here.tolist(), self.corpus(c).find(rows.row[mine[here]]), strict=True):
+                places[i] = place
+        buffer = self._take_buffer(len(mine))
+        batches = assemble(
+            read_rows(places, rows.n_pad[mine].astype(np.int32), buffer), corpus, rows.n_labels[mine],
+            micro_batch_size=self.micro_batch_size, memory=self._memory if get_worker_info() is None else None)
+        self._buffers.append(buffer)
+        self._release(len(places))
+        return batches
+
+    def _take_buffer(self, n_rows: int) -> TokenBuffer:
+        """A buffer for so many rows, which is no other thread's until it is put back."""
+        with suppress(IndexError):
+            buffer = self._buffers.popleft()
+            if len(buffer.rows) >= n_rows:
+                return buffer
+        return TokenBuffer(n_rows, *self._row_form)
+
+    @cached_property
+    def _row_form(self) -> tuple[int, str]:
+        """The tokens of a row and their type, which all corpora share. Raises DataError where they do not."""
+        forms = {(c.manifest.seq_len, c.manifest.dtype) for c in self.corpora if c is not None}
+        if len(forms) != 1:
+            raise DataError(f"the corpora differ in (seq_len, dtype): {sorted(forms)}; prepare them alike")
+        return forms.pop()
+
+    @cached_property
+    def _batches_at_once(self) -> int:
+        return max(min(_CHUNK_ROWS, _CHUNK_TOKENS // self._row_form[0]) // self.micro_batch_size, 1)
 
     def _release(self, n_read: int) -> None:
         self._n_unreleased += n_read
         if self._n_unreleased >= _RELEASE_ROWS:
             self._n_unreleased = 0
-            for corpus in self.corpora:
-                if corpus is not None:
+            corpora = [corpus for corpus in self.corpora if corpus is not None]
+            is_much = sum(corpus.mapped_bytes for corpus in corpora) > _RELEASE_BYTES
+            for corpus in corpora:
+                if is_much or corpus.is_fetched:  # an evicted shard would keep its room on the disk
                     corpus.release()
 
     def corpus(self, number: int) -> PackedCorpus:
@@ -244,14 +306,32 @@ def open_corpora(sampler: Sampler, places: Mapping[str, str], cache: ShardCache 
             for name in sampler.names]
 
 
-def _positions(sampler: Sampler, step: int, global_batch_size: int) -> Position:
-    """The sampler's positions of a step, out of a block of them that is computed at once."""
-    steps = max(_BLOCK_ROWS // global_batch_size, 1)
-    block = _block(sampler, step // steps * steps * global_batch_size, steps * global_batch_size)
-    here = slice(step % steps * global_batch_size, (step % steps + 1) * global_batch_size)
-    return Position(block.corpus[here], block.row[here], block.epoch[here])
+def _by_corpus(corpus: Ints) -> Iterator[tuple[int, Ints]]:
+    """Each corpus that there is in `corpus`, and where."""
+    for c in np.flatnonzero(np.bincount(corpus)).tolist():
+        yield c, np.flatnonzero(corpus == c)
+
+
+def _growing(first: int, last: int | None, most: int) -> Iterator[range]:
+    """`first` to before `last` (None: without end) in parts of 1, 2, 4, ... and then always `most`."""
+    n = 1
+    while last is None or first < last:
+        end = first + n if last is None else min(first + n, last)
+        yield range(first, end)
+        first, n = end, max(min(2 * n, most), 1)
+
+
+def _positions(sampler: Sampler, start: int, n: int) -> Position:
+    """The sampler's positions `start` to `start + n`, out of blocks of them that are computed at once."""
+    if n > _BLOCK_ROWS:
+        return sampler.rows(start, n)
+    first = start // _BLOCK_ROWS
+    blocks = [_block(sampler, number) for number in range(first, (start + n - 1) // _BLOCK_ROWS + 1)]
+    here = slice(start - first * _BLOCK_ROWS, start - first * _BLOCK_ROWS + n)
+    return Position(*(np.concatenate([getattr(block, name) for block in blocks])[here]
+                      for name in ("corpus", "row", "epoch")))
 
 
 @lru_cache(maxsize=4)
-def _block(sampler: Sampler, start: int, n: int) -> Position:
-    return sampler.rows(start, n)
+def _block(sampler: Sampler, number: int) -> Position:
+    return sampler.rows(number * _BLOCK_ROWS, _BLOCK_ROWS)

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.errors import ConfigError, DataError, did_you_mean
-from cprec.format import QueriesManifest, Template, read_queries_manifest
+from cprec.format import QueriesManifest, read_queries_manifest
+from cprec.template import Template
 from cprec.tokenizer import Tokenizer
 
 Ints = npt.NDArray[np.int64]

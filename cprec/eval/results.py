@@ -12,7 +12,8 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cprec.errors import DataError
-from cprec.format import MANIFEST, Template
+from cprec.format import MANIFEST
+from cprec.template import Template
 
 INPUTS = "inputs.json"
 RESULT_SCHEMA = pa.schema([

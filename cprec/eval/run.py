@@ -36,9 +36,10 @@ from cprec.eval.rank import rank_query
 from cprec.eval.results import INPUTS, RESULT_SCHEMA, DomainSummary, EvalInputs, EvalManifest, read_evaluation
 from cprec.eval.tree_attention import TREE_ATTENTION
 from cprec.eval.trie import build_trie
-from cprec.format import MANIFEST, QueriesManifest, Template, file_hash, read_queries_manifest, write_atomically
+from cprec.format import MANIFEST, QueriesManifest, file_hash, read_queries_manifest, write_atomically
 from cprec.log import get_logger, progress
 from cprec.model import load_for_inference
+from cprec.template import Template
 from cprec.tokenizer import Tokenizer, load_tokenizer
 
 log = get_logger(__name__)

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoTokenizer
 from cprec.config import RunConfig
 from cprec.data.corpora import read_data_record
 from cprec.errors import CheckpointError
-from cprec.format import Template
 from cprec.log import get_logger
+from cprec.template import Template
 from cprec.train.checkpoint import Checkpoint, read_run_config, verify_checkpoint
 from cprec.train.engine import consolidated_weights
 from cprec.train.metrics import read_metrics

@@ -10,6 +10,7 @@ import pytest
 REPO = Path(__file__).parents[2]
 FLOORS = [
     "cprec.errors cprec.log",
+    "cprec.template",
     "cprec.format cprec.schedule cprec.dist cprec.attention cprec.loss cprec.settings cprec.tokenizer cprec.process "
     "cprec.storage",
     "cprec.data.remote data_prep.records data_prep.ragged data_prep.templates data_prep.sources data_prep.disk",
@@ -31,8 +32,8 @@ FLOORS = [
     "data_prep.estimate",
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}
-SHARED_WITH_DATA_PREP = {"cprec.errors", "cprec.log", "cprec.format", "cprec.settings", "cprec.tokenizer",
-                         "cprec.process", "cprec.storage"}
+SHARED_WITH_DATA_PREP = {"cprec.errors", "cprec.log", "cprec.template", "cprec.format", "cprec.settings",
+                         "cprec.tokenizer", "cprec.process", "cprec.storage"}
 THROUGH_ONE_MODULE = {
     "deepspeed": {"cprec.train.engine"},
     "matplotlib": {"cprec.plots", "data_prep.pictures"},

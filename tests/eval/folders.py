@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from cprec.format import MANIFEST, QueriesManifest, Template, file_hash
+from cprec.format import MANIFEST, QueriesManifest, file_hash
+from cprec.template import Template
 
 TEMPLATE = Template(name="test", version=1, lead_in="Chosen:\n", item="{title}\n")
 

@@ -12,7 +12,8 @@ import pytest
 
 from cprec.errors import ConfigError, DataError
 from cprec.eval.queries import Prompts, encode_lines, load_queries
-from cprec.format import MANIFEST, QueriesManifest, Template, file_hash
+from cprec.format import MANIFEST, QueriesManifest, file_hash
+from cprec.template import Template
 from cprec.tokenizer import Tokenizer, load_tokenizer
 from tests.eval.folders import TEMPLATE, Query, Shop, write_queries, write_tokenizer
 

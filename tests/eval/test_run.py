@@ -20,7 +20,8 @@ from cprec.eval.metrics import METRICS
 from cprec.eval.queries import load_queries
 from cprec.eval.report import make_report, to_text, write_report
 from cprec.eval.run import EvalOptions, evaluate
-from cprec.format import MANIFEST, Template
+from cprec.format import MANIFEST
+from cprec.template import Template
 from cprec.tokenizer import load_tokenizer
 from data_prep.templates import TEMPLATES
 from tests.eval.folders import TEMPLATE, TOKENIZER_VOCAB, Query, Shop, write_queries, write_tokenizer

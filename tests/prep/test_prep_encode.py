@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cprec.errors import DataError
-from cprec.format import Template
+from cprec.template import Template
 from data_prep.clean import clean_title
 from data_prep.encode import (
     Lines,

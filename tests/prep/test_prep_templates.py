@@ -10,8 +10,8 @@ import shops
 from pydantic import ValidationError
 
 from cprec.errors import ConfigError
-from cprec.format import Template
 from cprec.settings import dump_settings, load_settings
+from cprec.template import Template
 from data_prep.config import PrepConfig
 from data_prep.templates import TEMPLATES, template_of
 

@@ -13,17 +13,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cprec.config import RunConfig
-from cprec.format import (
-    Audit,
-    Manifest,
-    PackedRows,
-    Template,
-    TokenizerInfo,
-    write_manifest,
-    write_row_facts,
-    write_shard,
-)
+from cprec.format import Audit, Manifest, PackedRows, TokenizerInfo, write_manifest, write_row_facts, write_shard
 from cprec.settings import parse_settings
+from cprec.template import Template
 from cprec.tokenizer import load_tokenizer
 
 REPO = Path(__file__).parents[2]
