@@ -1,18 +1,19 @@
 """The language model: any decoder-only Hugging Face model, computing on packed rows and giving its loss in chunks.
 
-reads: a local folder or a hub name. The one module that loads transformers models. Under ZeRO-3 the caller keeps an
-`HfDeepSpeedConfig` alive, and `from_pretrained` then partitions every parameter while it loads.
+reads: a local folder, a hub name, or a GGUF file. The one module that loads transformers models. Under ZeRO-3 the
+caller keeps an `HfDeepSpeedConfig` alive, and `from_pretrained` then partitions every parameter while it loads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cprec import attention
 from cprec.data.collate import Batch
@@ -22,12 +23,12 @@ from cprec.loss import row_losses
 
 log = get_logger(__name__)
 UNSUPPORTED = {
-    "final_logit_softcapping": "caps its logits, which the chunked loss does not do",
-    "attn_logit_softcapping": "caps its attention scores, which the attention backends do not do",
     "logits_scaling": "scales its logits, which the chunked loss does not do",
     "logit_scale": "scales its logits, which the chunked loss does not do",
 }
 """Config fields of models whose mathematics we would silently change."""
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+"""Layers whose backends isolate documents; convolutions, linear attention and chunks would carry state across them."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class LossHead(nn.Linear):
     An existing `lm_head` becomes one by changing its class, which keeps its (tied, partitioned) parameters.
     """
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, *, softcap: float | None = None) -> Tensor:
         """Row losses (B,) of hidden states (B, T, H) under labels (B, T); plain logits without labels."""
-        return super().forward(hidden) if labels is None else row_losses(hidden, self.weight, labels)
+        return super().forward(hidden) if labels is None else row_losses(hidden, self.weight, labels, softcap=softcap)
 
 
 class TrainingModel(nn.Module):
@@ -76,7 +77,8 @@ class TrainingModel(nn.Module):
             **attention.kernel_arguments(batch.cu_seqlens, batch.max_seqlen),
         ).last_hidden_state
         rows = hidden.view(*batch.labels.shape, -1)  # (B, seq_len, H)
-        losses: Tensor = self.lm.get_output_embeddings()(rows, batch.labels)
+        softcap = getattr(self.lm.config, "final_logit_softcapping", None)
+        losses: Tensor = self.lm.get_output_embeddings()(rows, batch.labels, softcap=softcap)
         return losses
 
     @property
@@ -93,15 +95,20 @@ class TrainingModel(nn.Module):
 
 def load_for_training(path: str, *, backend: str, dtype: torch.dtype, seq_len: int, vocab_size: int,
                       activation_checkpointing: bool, trust_remote_code: bool) -> TrainingModel:
-    """The model at `path` (folder or hub name), ready for packed rows of `seq_len` tokens below `vocab_size`.
+    """The model at `path` (folder, hub name, GGUF file), ready for packed rows of `seq_len` tokens below `vocab_size`.
 
-    Raises ConfigError listing all that makes the model unfit: too short a context, too small a vocabulary, sliding
-    windows, capped logits.
+    A model with fewer tokens gets rows for the rest, tied embeddings stay tied. Raises ConfigError listing all that
+    makes the model unfit: too short a context, mathematics or layers that are not supported.
     """
-    config = _load_config(path, trust_remote_code)
-    raise_all(_misfits(config, seq_len=seq_len, vocab_size=vocab_size), of=f"model.path={path!r}")
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    raise_all(_misfits(config, seq_len=seq_len, backend=backend), of=f"model.path={path!r}")
+    config.pad_token_id = None  # its embedding would get no gradient, though it may be a token of the text (bos, eos)
     lm = _load(path, config=config, dtype=dtype, attn_implementation=attention.BACKENDS[backend].implementation,
                trust_remote_code=trust_remote_code)
+    if not lm._supports_attention_backend or lm._is_stateful:
+        raise ConfigError(f"model.path={path!r}: {type(lm).__name__} keeps a state or an attention of its own, which "
+                          f"would not stop at a document's end; it is not supported")
+    _enlarge_vocabulary(lm, vocab_size)
     lm.config.use_cache = False  # with a cache, transformers silently stops isolating documents
     _switch_off_dropout(lm)
     if activation_checkpointing:
@@ -113,40 +120,94 @@ def load_for_training(path: str, *, backend: str, dtype: torch.dtype, seq_len: i
 
 def load_for_inference(path: str, *, attention: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model at `path` in evaluation mode on `device`, under transformers' attention implementation `attention`."""
-    config = _load_config(path, trust_remote_code=False)
+    config = load_config(path, trust_remote_code=False)
     lm = _load(path, config=config, dtype=dtype, attn_implementation=attention)
     lm.config.use_cache = False
     return lm.to(device).eval()
 
 
-def _load(path: str, **options: Any) -> PreTrainedModel:
+def load_config(path: str, *, trust_remote_code: bool) -> Any:
+    """The transformers config of the model at `path` (folder, hub name or GGUF file). Raises ConfigError."""
+    name, options = _source(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, ImportError) as e:
+        if "trust_remote_code" in str(e):
+            raise ConfigError(f"model.path={path!r} brings Python code of its own, which is not run unless you ask for "
+                              f"it: read it, then set model.trust_remote_code=true") from None
+        raise ConfigError(f"model.path={path!r} is neither a model folder nor a reachable hub name: {e}") from None
+    if hasattr(config, "quantization_config") and options:
+        del config.quantization_config  # from a GGUF file weights come as floats
+    return config
+
+
+def load_transformers_tokenizer(path: str) -> Any:
+    """The transformers tokenizer of the model at `path` (folder, hub name or GGUF file), to be saved with an export."""
+    name, options = _source(path)
+    return AutoTokenizer.from_pretrained(name, **options)
+
+
+def _source(path: str) -> tuple[str, dict[str, str]]:
+    """What transformers calls the model at `path`: a folder or hub name, and `gguf_file` where it is a GGUF file.
+
+    A folder without config.json that holds one GGUF file stands for it.
+    """
+    here = Path(path)
+    if here.suffix == ".gguf":
+        return str(here.parent), {"gguf_file": here.name}
+    found = [] if (here / "config.json").is_file() else sorted(p.name for p in here.glob("*.gguf"))
+    if len(found) > 1:
+        raise ConfigError(f"model.path={path!r} holds several GGUF files; name one of them: {', '.join(found)}")
+    return path, {"gguf_file": found[0]} if found else {}
+
+
+def _load(path: str, **options: Any) -> PreTrainedModel:
+    name, of_file = _source(path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **of_file, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as e:
         raise ConfigError(f"the weights of model {path!r} cannot be loaded: {type(e).__name__}: {e}") from e
 
 
-def _load_config(path: str, trust_remote_code: bool) -> Any:
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"model.path={path!r} is neither a model folder nor a reachable hub name: {e}") from None
-
-
-def _misfits(config: Any, *, seq_len: int, vocab_size: int) -> list[str]:
+def _misfits(config: Any, *, seq_len: int, backend: str) -> list[str]:
+    if config.get_text_config() is not config:
+        return [f"{type(config).__name__} is a model of more than text; give its language model alone"]
     problems = [f"its {field}={value}: it {why}" for field, why in UNSUPPORTED.items()
                 if (value := getattr(config, field, None)) not in (None, 1, 1.0)]
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and context < seq_len:
         problems.append(f"max_position_embeddings={context} is less than the packed rows' seq_len={seq_len}; "
                         f"pack shorter rows")
-    if config.vocab_size < vocab_size:
-        problems.append(f"vocab_size={config.vocab_size} is less than the {vocab_size} of the packed tokens' tokenizer")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < seq_len:
-        problems.append(f"sliding_window={window} is shorter than seq_len={seq_len}, and the attention backends attend "
-                        f"to whole documents; pack rows of at most {window} tokens")
+    if others := sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES):
+        problems.append(f"its layers of type {', '.join(others)} would not stop at a document's end")
+    if getattr(config, "use_bidirectional_attention", None):
+        problems.append("use_bidirectional_attention is set: it is no causal language model")
+    if getattr(config, "attn_logit_softcapping", None) and not attention.BACKENDS[backend].caps_scores:
+        able = ", ".join(name for name, b in attention.BACKENDS.items() if b.caps_scores)
+        problems.append(f"its attn_logit_softcapping={config.attn_logit_softcapping}: the attention backend {backend} "
+                        f"does not cap scores; set model.attention to one that does: {able}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope" and seq_len > (short := rope["original_max_position_embeddings"]):
+        problems.append(f"its rotary positions change for the whole batch where one document is longer than {short} "
+                        f"tokens; pack rows of at most {short}")
     return problems
+
+
+def _enlarge_vocabulary(lm: PreTrainedModel, vocab_size: int) -> None:
+    """Rows for tokens that the tokenizer has and the model has not, as one that was given a pad token.
+
+    Under ZeRO-3 an enlarged layer is whole on every rank until `deepspeed.initialize` partitions it too.
+    They start near the mean of all others (Hewitt 2021, "Initializing New Word Embeddings"): a row drawn at random may
+    have the largest logit everywhere. Every rank and every start draws the same.
+    """
+    there = lm.config.vocab_size
+    if vocab_size <= there:
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        lm.resize_token_embeddings(vocab_size, mean_resizing=True)
+    log.warning("the tokenizer has %d tokens, the model knew %d: %d rows were added to its embeddings, near the mean "
+                "of the others", vocab_size, there, vocab_size - there)
 
 
 def _switch_off_dropout(lm: PreTrainedModel) -> None:

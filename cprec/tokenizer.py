@@ -1,14 +1,15 @@
 """Any tokenizer as a pure map from text to ids, and its fingerprint. Text is data: no string in it is ever control.
 
-reads: a Hugging Face folder (`tokenizer.json`), a hub name, or a SentencePiece `.model`. Needs no torch and no
-transformers. Preparation encodes the catalogue with it; the trainer compares its fingerprint with the manifest's;
-ranking encodes the titles of a frozen catalogue with it.
+reads: a Hugging Face folder (`tokenizer.json`), a hub name, a SentencePiece `.model`, or a GGUF file. Needs no torch,
+and transformers for GGUF alone. Preparation encodes the catalogue with it; the trainer compares its fingerprint with
+the manifest's; ranking encodes the titles of a frozen catalogue with it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,13 +133,17 @@ class _SentencePiece:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Tokenizer of a local folder, a `.json` or SentencePiece `.model` file, or a hub name (needs the network once).
+    """Tokenizer of a local folder, a `.json`, SentencePiece `.model` or GGUF file, or a hub name (needs the network
+    once). A folder with neither of the first but one GGUF file stands for that.
 
     Raises DataError when nothing of that name can be read, or when it has no end-of-sequence token.
     """
     path = Path(name)
     if path.suffix == ".model":
         return _from_sentencepiece(path, name)
+    inside = sorted(path.glob("*.gguf")) if path.is_dir() and not any((path / f).is_file() for f in _HUB_FILES) else []
+    if path.suffix == ".gguf" or len(inside) == 1:
+        return _from_gguf(inside[0] if inside else path, name)
     if not path.exists() and not path.is_absolute() and name.count("/") <= 1 and not name.startswith("."):
         path = _download(name)
     return _from_folder(path, name)
@@ -182,6 +187,20 @@ def _from_folder(path: Path, name: str) -> Tokenizer:
     control = frozenset(t["id"] for t in spec.get("added_tokens", []) if t["special"]) | {eos_id}
     return Tokenizer(backend, name=name, pieces=backend.pieces, bos_id=bos_id if bos_id == backend.adds_first else None,
                      eos_id=eos_id, pad_id=token_id("pad"), control_ids=control)
+
+
+def _from_gguf(path: Path, name: str) -> Tokenizer:
+    """By way of the folder that transformers would write."""
+    from transformers import AutoTokenizer
+
+    if not path.is_file():
+        raise DataError(f"tokenizer {name}: no such file")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        except (ImportError, OSError, ValueError, KeyError) as e:
+            raise _unusable(path, name, e) from None
+        return _from_folder(Path(folder), name)
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

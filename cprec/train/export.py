@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
 
 from cprec.config import RunConfig
 from cprec.data.corpora import read_data_record
 from cprec.errors import CheckpointError
 from cprec.log import get_logger
+from cprec.model import load_config, load_transformers_tokenizer
 from cprec.template import Template
 from cprec.train.checkpoint import Checkpoint, read_run_config, verify_checkpoint
 from cprec.train.engine import consolidated_weights
@@ -49,10 +49,12 @@ def export(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype) -> None:
     partial.mkdir(parents=True)
     tensors = consolidated_weights(checkpoint.folder.parent, checkpoint.folder.name, dtype)
     _write_safetensors(partial, tensors)
-    model_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    model_config = load_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
     model_config.dtype = dtype
+    tokenizer = load_transformers_tokenizer(config.model.path)
+    model_config.vocab_size = max(model_config.vocab_size, 1 + max(tokenizer.get_vocab().values()))  # as in training
     model_config.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(config.model.path).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(model_card(config, checkpoint), encoding="utf-8")
     (partial / EXPORTED).write_text(json.dumps(origin, indent=1), encoding="utf-8")
     partial.rename(out)
