@@ -24,9 +24,18 @@ OWNED_HERE = {
     "gradient_accumulation_steps": "batch.global_batch_size and batch.micro_batch_size",
     "gradient_clipping": "optimizer.grad_clip",
     "optimizer": "optimizer",
+    "zero_allow_untested_optimizer": "optimizer",
+    "zero_force_ds_cpu_optimizer": "optimizer",
     "scheduler": "schedule",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    "amp": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "data_types": "model.dtype",
+    "communication_data_type": "model.dtype",
+    "activation_checkpointing": "model.activation_checkpointing",
+    "compile": "model.compile",
+    "steps_per_print": "log_every",
 }
 """Keys of a DeepSpeed config that the run config owns, and where."""
 
@@ -55,15 +64,30 @@ class Length(Settings):
         return round(self.share * total_steps)
 
 
+class LoraConfig(Settings):
+    """Low-rank adapters (LoRA, arXiv:2106.09685): W + alpha/r * B A, with only A (r, in) and B (out, r) trained."""
+
+    r: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Linear layers that get one, by the end of their name (`q_proj`); `all-linear`: all but the output layer."""
+
+
 class ModelConfig(Settings):
     """Which model to continue, and how it computes."""
 
     path: str
-    """Local Hugging Face folder, or hub name."""
+    """Local Hugging Face folder, hub name, or GGUF file."""
     attention: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 with float32 master weights on a GPU, float32 on a CPU."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[int, Field(strict=True, ge=1)] | None = None
+    """Forget what every k-th decoder block computed and compute it again in the backward pass: 1: every block; null:
+    keep all. Saves memory and changes no number."""
+    compile: bool = False
+    """Compile the decoder blocks (`torch.compile`; needs a C++ compiler, on a GPU Triton)."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the model's own weights."""
     trust_remote_code: bool = False
 
     @field_validator("attention")
@@ -124,12 +148,14 @@ class BatchConfig(Settings):
 
 
 class OptimizerConfig(Settings):
-    """AdamW. Weight decay leaves out norms and biases (every parameter of fewer than two dimensions)."""
+    """AdamW. Weight decay leaves out norms, biases and every other parameter of fewer than two dimensions."""
 
     peak_lr: PositiveFloat
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(0.1, ge=0)
+    decay_embeddings: bool = True
+    """Weight decay on the input embeddings too (and on the output layer where it is tied to them)."""
     grad_clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
 
@@ -156,6 +182,9 @@ class ScheduleConfig(Settings):
     total: Length
     warmup: Length = Length(share=0.02)
     anneal: AnnealConfig | None = None
+    embeddings_only: Length | None = None
+    """Begin by training the embeddings (and an untied output layer) alone; everything else stays as it is for so long.
+    For a vocabulary that was enlarged."""
 
     @model_validator(mode="after")
     def _total_is_absolute(self) -> Self:
@@ -202,10 +231,20 @@ class RunConfig(Settings):
     validation: ValidationConfig = ValidationConfig()
     deepspeed: str = "ds_configs/zero3.json"
     """DeepSpeed config: ZeRO, offload and communication only."""
+    deterministic: bool = False
+    """The same numbers to the last bit whenever it is run on the same machines: only kernels that promise it, which on
+    a GPU are slower. On a CPU it is so in any case."""
     log_every: PositiveInt = 10
     max_bad_steps: int = Field(10, ge=0)
     """Steps with a non-finite loss or gradient that may be skipped before the run stops."""
     parent: ParentConfig | None = None
+
+    @model_validator(mode="after")
+    def _adapters_have_no_embeddings(self) -> Self:
+        if self.model.lora and self.schedule.embeddings_only:
+            raise ValueError("model.lora trains no embeddings, so schedule.embeddings_only would train nothing; remove "
+                             "one of them")
+        return self
 
     def build_schedule(self, *, tokens_per_step: int) -> Schedule:
         """The run's schedule in steps. Raises ConfigError listing every phase that does not fit."""
@@ -240,15 +279,23 @@ def check_batch(batch: BatchConfig, world_size: int) -> list[str]:
 
 
 def load_deepspeed_config(path: str) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run. Raises ConfigError when it is unreadable or holds a key that the run config owns."""
+    """The DeepSpeed JSON of a run. Raises ConfigError when it is unreadable, holds a key that the run config owns, or
+    names no ZeRO stage of 1 to 3 (without one there would be no float32 master weights)."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"deepspeed={path!r} cannot be read: {e.strerror}; see ds_configs/") from None
     except json.JSONDecodeError as e:
         raise ConfigError(f"deepspeed={path!r} is not valid JSON: {e}") from None
-    raise_all([f"{key} is also set by the run config, as {OWNED_HERE[key]}; remove it from {path}"
-               for key in values if key in OWNED_HERE], of=path)
-    return dict(values)
+    if not isinstance(values, dict):
+        raise ConfigError(f"deepspeed={path!r} is not a mapping of keys; see ds_configs/")
+    problems = [f"{key} is also set by the run config, as {OWNED_HERE[key]}; remove it from {path}"
+                for key in values if key in OWNED_HERE]
+    zero = values.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (1, 2, 3):
+        problems.append(f"zero_optimization.stage={stage!r} in {path}: give 1, 2 or 3; see ds_configs/README.md")
+    raise_all(problems, of=path)
+    return values
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cprec import attention
 from cprec.data.collate import Batch
@@ -94,7 +96,7 @@ class TrainingModel(nn.Module):
 
 
 def load_for_training(path: str, *, backend: str, dtype: torch.dtype, seq_len: int, vocab_size: int,
-                      activation_checkpointing: bool, trust_remote_code: bool) -> TrainingModel:
+                      activation_checkpointing: int | None, trust_remote_code: bool) -> TrainingModel:
     """The model at `path` (folder, hub name, GGUF file), ready for packed rows of `seq_len` tokens below `vocab_size`.
 
     A model with fewer tokens gets rows for the rest, tied embeddings stay tied. Raises ConfigError listing all that
@@ -112,8 +114,7 @@ def load_for_training(path: str, *, backend: str, dtype: torch.dtype, seq_len: i
     lm.config.use_cache = False  # with a cache, transformers silently stops isolating documents
     _switch_off_dropout(lm)
     if activation_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        lm.enable_input_require_grads()
+        _recompute_every(lm, activation_checkpointing)
     lm.train()
     return TrainingModel(lm)
 
@@ -208,6 +209,30 @@ def _enlarge_vocabulary(lm: PreTrainedModel, vocab_size: int) -> None:
         lm.resize_token_embeddings(vocab_size, mean_resizing=True)
     log.warning("the tokenizer has %d tokens, the model knew %d: %d rows were added to its embeddings, near the mean "
                 "of the others", vocab_size, there, vocab_size - there)
+
+
+def decoder_blocks(lm: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The repeated blocks of a model, first to last."""
+    return [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def compile_blocks(lm: PreTrainedModel) -> None:
+    """Compile every decoder block but its attention: that is one kernel, or Python over documents whose lengths would
+    be compiled anew for every batch."""
+    name = lm.config._attn_implementation
+    left_out = torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[name])  # type: ignore[no-untyped-call]
+    AttentionInterface.register(name, left_out)
+    for block in decoder_blocks(lm):
+        block.compile()
+
+
+def _recompute_every(lm: PreTrainedModel, k: int) -> None:
+    """Activation checkpointing of every `k`-th decoder block. Reentrant: under ZeRO-3 the other way finds, in the
+    backward pass, weights of another shape (partitioned) than it noted in the forward pass, and raises."""
+    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    for i, block in enumerate(decoder_blocks(lm)):
+        block.gradient_checkpointing = i % k == 0
+    lm.enable_input_require_grads()
 
 
 def _switch_off_dropout(lm: PreTrainedModel) -> None:

@@ -1,8 +1,9 @@
 """Turn a checkpoint into a Hugging Face folder: safetensors, config, tokenizer, model card.
 
-    python launch/export.py --from runs/base@20000 --out runs/base/hf [--dtype bfloat16]
+    python launch/export.py --from runs/base@20000 --out runs/base/hf [--dtype bfloat16] [--adapter-only]
 
-`--from`: RUN (its newest checkpoint), RUN@STEP, or a checkpoint folder. One process, memory of one output shard.
+`--from`: RUN (its newest checkpoint), RUN@STEP, or a checkpoint folder. One process, memory of one output shard. LoRA
+adapters are merged into the model; with `--adapter-only` they are written alone, as peft reads them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from cprec import cli
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="source", required=True, metavar="RUN[@STEP]", help="what to export")
-    parser.add_argument("--out", help="new folder; default: RUN/hf")
+    parser.add_argument("--out", help="new folder; default: RUN/hf, of adapters alone RUN/adapter")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: float32")
+    parser.add_argument("--adapter-only", action="store_true", help="the LoRA adapters, without the model")
     args = parser.parse_args()
     import torch
 
@@ -25,8 +27,8 @@ def main() -> int:
     from cprec.train.export import export
 
     checkpoint = find_checkpoint(args.source)
-    out = Path(args.out) if args.out else checkpoint.run_dir / "hf"
-    export(checkpoint, out, dtype=getattr(torch, args.dtype))
+    out = Path(args.out) if args.out else checkpoint.run_dir / ("adapter" if args.adapter_only else "hf")
+    export(checkpoint, out, dtype=getattr(torch, args.dtype), adapter_only=args.adapter_only)
     return 0
 
 

@@ -1,6 +1,7 @@
-"""DeepSpeed, and the only module that knows it: ZeRO, the optimizer step, its checkpoint files, its weights.
+"""DeepSpeed, and the only module that knows it: ZeRO, the optimizer step, its checkpoint files.
 
-reads: the DeepSpeed JSON of a run (ZeRO, offload, communication). The rate is written into the optimizer before every
+reads: the DeepSpeed JSON of a run (ZeRO, offload, communication). Whatever the model computes in, gradients are summed
+over micro-batches and ranks, and weights are kept, in float32. The rate is written into the optimizer before every
 step; DeepSpeed gets no scheduler. Loss is the token mean over the optimizer step and over all ranks: each rank scales
 its summed loss by world_size * grad_accum_steps / n_valid, which undoes the averages that DeepSpeed takes.
 """
@@ -8,24 +9,26 @@ its summed loss by world_size * grad_accum_steps / n_valid, which undoes the ave
 from __future__ import annotations
 
 import logging
+import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import Tensor
 
 from cprec import dist
 from cprec.attention import select
-from cprec.config import RunConfig, load_deepspeed_config
+from cprec.config import OptimizerConfig, RunConfig, load_deepspeed_config
 from cprec.data.collate import Batch
 from cprec.data.dataset import Step
 from cprec.errors import CheckpointError, ConfigError
 from cprec.log import get_logger
-from cprec.model import TrainingModel, load_for_training
+from cprec.model import TrainingModel, compile_blocks, load_for_training
+from cprec.train.lora import add_lora
+from cprec.train.optimizer import EmbeddingsOnly, parameter_groups
 from cprec.train.plan import Plan
 
 log = get_logger(__name__)
@@ -51,21 +54,31 @@ class Engine:
         deepspeed = _import_deepspeed()
         deepspeed.init_distributed(dist_init_required=False)  # takes over the process group that cprec.dist made
         config = plan.config
+        _seed(config)
         self.device = dist.device()
         self.dtype = _dtype(config.model.dtype, self.device)
         self.backend = select(config.model.attention, self.device, self.dtype)
         self.n_corpora = len(plan.sampler.names)
         self.grad_accum_steps, self.world_size = plan.grad_accum_steps, plan.world_size
         ds_config = _deepspeed_config(plan, self.dtype)
-        self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
+        self.zero_stage = int(ds_config["zero_optimization"]["stage"])
+        if config.model.compile and self.zero_stage == 3:
+            raise ConfigError(f"model.compile=true does not go with ZeRO stage 3 ({config.deepspeed}): its hooks "
+                              f"around every layer leave nothing to compile; use ds_configs/zero1.json or zero2.json, "
+                              f"or model.compile=false")
         model = _load_model(plan, self.backend, self.dtype, ds_config)
         self.model_shape = model.shape
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config.optimizer.weight_decay), lr=config.optimizer.peak_lr,
-            betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True,
-        )
+        optimizer = _adamw(parameter_groups(model, config.optimizer), config.optimizer,
+                           on_host=self.device.type == "cuda" and _offloads_optimizer(ds_config))
+        self._embeddings_only = EmbeddingsOnly(model, optimizer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        if config.model.compile:
+            compile_blocks(model.lm)
+
+    def train_only_embeddings(self, only: bool) -> None:
+        """Whether the next step trains the embeddings alone, as `Plan.only_embeddings` says, or everything."""
+        self._embeddings_only.set(only)
 
     def step(self, step: Step, lr: float) -> StepResult:
         """Forward, backward and update over this rank's micro-batches of one optimizer step, at rate `lr`."""
@@ -117,22 +130,6 @@ class Engine:
         return None if norm is None else float(norm)
 
 
-def consolidated_weights(folder: Path, name: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Names and full tensors of the model saved in `folder/name`, one at a time, in `dtype`.
-
-    Partitions are memory-mapped and put together tensor by tensor, so that the whole model is never held. Tied
-    parameters come once, under their first name.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    lazy = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name, lazy_mode=True)
-    seen: set[int] = set()
-    for key, tensor in lazy.items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield key.removeprefix("lm."), tensor.contiguous().to(dtype)
-
-
 def _import_deepspeed() -> Any:
     import deepspeed
     from deepspeed.ops import __compatible_ops__
@@ -151,11 +148,15 @@ def _deepspeed_config(plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     config: RunConfig = plan.config
     return {
         **load_deepspeed_config(config.deepspeed),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "train_batch_size": config.batch.global_batch_size,
         "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
         "gradient_accumulation_steps": plan.grad_accum_steps,
         "gradient_clipping": config.optimizer.grad_clip,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "steps_per_print": 10**12,
     }
 
@@ -171,17 +172,39 @@ def _load_model(plan: Plan, backend: str, dtype: torch.dtype, ds_config: dict[st
         vocab_size=next(iter(plan.train.values())).tokenizer.vocab_size,
         activation_checkpointing=config.activation_checkpointing,
     )
+    if config.lora:
+        add_lora(model.lm, config.lora)
     del zero3
     return model
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; norms, biases and other vectors without."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2], "weight_decay": 0.0},
-    ]
+def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig, *, on_host: bool) -> torch.optim.Optimizer:
+    """AdamW over `groups`: torch's fused one, or DeepSpeed's for the host's cores, where a GPU's states are offloaded.
+
+    The latter is compiled on its first use. On a machine without a GPU torch's is as fast.
+    """
+    if on_host:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        on_cores: torch.optim.Optimizer = DeepSpeedCPUAdam(
+            groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, adamw_mode=True)
+        return on_cores
+    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _offloads_optimizer(ds_config: dict[str, Any]) -> bool:
+    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device") in ("cpu", "nvme")
+
+
+def _seed(config: RunConfig) -> None:
+    """Make new weights (adapters, rows of an enlarged vocabulary) a function of the config; if asked, everything."""
+    torch.manual_seed(config.data.seed)
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # GBs of buffers
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -1,7 +1,8 @@
 """A checkpoint as an ordinary Hugging Face folder: safetensors, config, tokenizer and a model card.
 
 reads: a checkpoint (ZeRO partitions, memory-mapped) and the folder or hub name that the run started from. writes:
-`run/hf/` by rename of a finished folder. Costs: memory of one output shard, not of the model.
+`run/hf/` by rename of a finished folder; of a run with adapters the model with them merged, or the adapters alone as
+peft keeps them. Costs: memory of one output shard, not of the model.
 """
 
 from __future__ import annotations
@@ -23,42 +24,66 @@ from cprec.log import get_logger
 from cprec.model import load_config, load_transformers_tokenizer
 from cprec.template import Template
 from cprec.train.checkpoint import Checkpoint, read_run_config, verify_checkpoint
-from cprec.train.engine import consolidated_weights
+from cprec.train.lora import adapter_tensors, merged, write_adapter_config
 from cprec.train.metrics import read_metrics
+from cprec.train.partitions import SavedWeights
 
 log = get_logger(__name__)
 SHARD_BYTES = 4 << 30
 EXPORTED = "cprec_export.json"
 
 
-def export(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype) -> None:
+def export(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype, adapter_only: bool = False) -> None:
     """Write `checkpoint` to the new folder `out` in `dtype`; a finished export of the same checkpoint is left as it is.
 
-    Raises CheckpointError when `out` holds something else, or the checkpoint was altered.
+    `adapter_only`: write a run's LoRA adapters for `PeftModel.from_pretrained`, not the model with them merged. Raises
+    CheckpointError when `out` holds something else, the checkpoint was altered, or it has no adapters to write.
     """
     origin = {"run": str(checkpoint.run_dir), "step": checkpoint.state.step, "state_hash": checkpoint.state_hash,
-              "dtype": str(dtype).removeprefix("torch.")}
+              "dtype": str(dtype).removeprefix("torch."), **({"adapter_only": True} if adapter_only else {})}
+    config = read_run_config(checkpoint.run_dir)
+    if adapter_only and config.model.lora is None:
+        raise CheckpointError(f"{checkpoint.run_dir} was trained without model.lora, so it has no adapter; export it "
+                              f"without --adapter-only")
     if out.exists():
         _check_same(out, origin)
         log.info("%s already holds this export", out)
         return
     verify_checkpoint(checkpoint)
-    config = read_run_config(checkpoint.run_dir)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = consolidated_weights(checkpoint.folder.parent, checkpoint.folder.name, dtype)
-    _write_safetensors(partial, tensors)
-    model_config = load_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    model_config.dtype = dtype
-    tokenizer = load_transformers_tokenizer(config.model.path)
-    model_config.vocab_size = max(model_config.vocab_size, 1 + max(tokenizer.get_vocab().values()))  # as in training
-    model_config.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    weights = SavedWeights(checkpoint.folder)
+    if adapter_only:
+        _write_adapter(partial, weights, config, dtype)
+    else:
+        _write_model(partial, weights, config, dtype)
+    load_transformers_tokenizer(config.model.path).save_pretrained(partial)
     (partial / "README.md").write_text(model_card(config, checkpoint), encoding="utf-8")
     (partial / EXPORTED).write_text(json.dumps(origin, indent=1), encoding="utf-8")
     partial.rename(out)
     log.info("exported step %d of %s to %s", checkpoint.state.step, checkpoint.run_dir, out)
+
+
+def _write_model(folder: Path, weights: SavedWeights, config: RunConfig, dtype: torch.dtype) -> None:
+    lora = config.model.lora
+    _write_safetensors(folder, _cast(merged(weights, lora) if lora else weights.items(), dtype))
+    model_config = load_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    model_config.dtype = dtype
+    tokens = load_transformers_tokenizer(config.model.path).get_vocab().values()
+    model_config.vocab_size = max(model_config.vocab_size, 1 + max(tokens))  # as in training
+    model_config.save_pretrained(folder)
+
+
+def _write_adapter(folder: Path, weights: SavedWeights, config: RunConfig, dtype: torch.dtype) -> None:
+    assert config.model.lora is not None
+    save_file(dict(_cast(adapter_tensors(weights), dtype)), str(folder / "adapter_model.safetensors"),
+              metadata={"format": "pt"})
+    write_adapter_config(folder, config.model.lora, base_model=config.model.path)
+
+
+def _cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    return ((name, t.to(dtype) if t.is_floating_point() else t) for name, t in tensors)
 
 
 def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
@@ -66,7 +91,7 @@ def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
     s = checkpoint.state
     data = read_data_record(checkpoint.run_dir)
     lineage = f"branch of {config.parent.run_dir} at step {config.parent.step:,}" if config.parent else "trunk"
-    anneal = config.schedule.anneal
+    anneal, lora = config.schedule.anneal, config.model.lora
     schedule = f"peak {config.optimizer.peak_lr:g}, warm-up {config.schedule.warmup.steps} steps, " + (
         f"annealing {anneal.shape} over {anneal.length.steps} steps to {anneal.final_lr_ratio:g} of it"
         if anneal else "stable")
@@ -81,6 +106,7 @@ def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
         f"CPRec (after arXiv:2504.08949).", "",
         f"- step {s.step:,}, {s.tokens_seen:,} tokens seen, {s.phase} phase next, {lineage}",
         f"- Warmup-Stable-Annealing: {schedule}",
+        *([f"- LoRA adapters: r={lora.r}, alpha={lora.alpha:g}, on {lora.target_modules}"] if lora else []),
         f"- prompt template {data.template.name!r}: {_shape(data.template)}" if data.template else "- plain text only",
         f"- leak audit of the training data: {'passed' if data.is_audited else 'not passed'}",
         "", "| training corpus | documents | tokens |", "|---|---:|---:|", *rows, "",

@@ -146,6 +146,7 @@ def _run(plan: Plan, engine: Engine, dataset: PackedDataset, metrics: MetricsLog
     for step in steps:
         watch.data_is_there()
         lr = plan.schedule.lr(progress.step)
+        engine.train_only_embeddings(plan.only_embeddings(progress.step))
         result = engine.step(step, lr)
         totals = _Totals.over_ranks(result, stop=bool(asked))
         _guard(totals, result, plan, dataset, progress)

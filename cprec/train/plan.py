@@ -73,6 +73,11 @@ class Plan:
         """Where the run begins: 0, or the fork of a branch."""
         return self.config.parent.step if self.config.parent else 0
 
+    def only_embeddings(self, step: int) -> bool:
+        """Whether the update after `step` is one of the first phase, of the embeddings alone."""
+        phase = self.config.schedule.embeddings_only
+        return phase is not None and phase.steps is not None and step < phase.steps
+
     def checkpoint_steps(self) -> list[int]:
         """Steps at which a checkpoint is written, the run's last among them."""
         every, last = self.config.checkpoint.every, self.schedule.total_steps
@@ -95,8 +100,10 @@ class Plan:
             f"steps {first:,} to {last:,}: {(last - first) * self.tokens_per_step:,} tokens",
             "learning rate: " + ", ".join(f"{s.lr(n):.3e} at step {n:,} ({s.phase(n)})"
                                           for n in sorted({first, *s.corners()}) if n >= first),
-            "corpus                           rows      share    rows read   epochs",
         ]
+        if phase := self.config.schedule.embeddings_only:
+            lines.append(f"up to step {phase.steps:,} the embeddings alone are trained")
+        lines.append("corpus                           rows      share    rows read   epochs")
         total = max(end - start, 1)
         for name, size, b, a in zip(self.sampler.names, self.sampler.sizes, before, after, strict=True):
             gone = "" if name in self.train else "   only the trunk read it"
@@ -160,7 +167,8 @@ def build_plan(config: RunConfig, world_size: int) -> Plan:
     if trunk and config.parent:
         check_fits(trunk, train, config.parent.run_dir, config.data.packed, allow_unaudited=config.data.allow_unaudited)
         raise_all(_wanted_but_gone(config, order.mix, set(data.corpora) - set(train)), of="run config", error=DataError)
-    return Plan(_explicit(config, order), world_size, data.seq_len, order, data, places, train, valid, cache)
+    resolved = _explicit(config, order, data.seq_len)
+    return Plan(resolved, world_size, data.seq_len, order, data, places, train, valid, cache)
 
 
 def _wrong_fork(config: RunConfig, schedule: Schedule) -> list[str]:
@@ -194,7 +202,7 @@ def _check_data(config: RunConfig, manifests: dict[str, Manifest]) -> None:
                           f"prepare the data with this model's tokenizer, or take the model of that one")
 
 
-def _explicit(config: RunConfig, order: Order) -> RunConfig:
+def _explicit(config: RunConfig, order: Order, seq_len: int) -> RunConfig:
     """The config with lengths in steps and weights by corpus, as it is written into the run folder."""
     schedule, values = order.schedule, config.model_dump()
     values["run_dir"] = str(Path(config.run_dir))
@@ -203,4 +211,8 @@ def _explicit(config: RunConfig, order: Order) -> RunConfig:
     values["schedule"]["warmup"] = {"steps": schedule.warmup_steps}
     if schedule.anneal:
         values["schedule"]["anneal"]["length"] = {"steps": schedule.anneal.steps}
+    if phase := config.schedule.embeddings_only:
+        tokens_per_step = config.batch.global_batch_size * seq_len
+        steps = phase.in_steps(tokens_per_step=tokens_per_step, total_steps=schedule.total_steps)
+        values["schedule"]["embeddings_only"] = {"steps": steps}
     return RunConfig.model_validate(values)

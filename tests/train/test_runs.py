@@ -217,7 +217,7 @@ def test_the_first_steps_loss_and_gradient_norm_are_those_of_plain_torch(world: 
 
 
 @pytest.mark.parametrize("overrides", [
-    ["model.activation_checkpointing=true"], ["model.dtype=bfloat16", "model.attention=sdpa"],
+    ["model.activation_checkpointing=1"], ["model.dtype=bfloat16", "model.attention=sdpa"],
 ])
 def test_a_run_with_other_memory_or_precision_starts_and_learns_like_the_plain_one(
         world: dict[str, Any], trunk: Path, tmp_path: Path, overrides: list[str]) -> None:
