@@ -209,6 +209,40 @@ class ValidationConfig(Settings):
     rows_per_corpus: PositiveInt = 64
 
 
+class GuardConfig(Settings):
+    """When a step's update is left out (docs/watching.md): always on a loss or gradient that is not finite."""
+
+    norm_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 10.0
+    """Also on a gradient norm of more than so many times the median of the last `window` good steps; null: never."""
+    window: PositiveInt = 128
+    """Good steps behind that median. Before there are so many, only what is not finite is left out."""
+    max_bad_steps: int = Field(10, ge=0)
+    """Steps whose update may be left out, over the whole run, before it stops."""
+
+
+class WandbConfig(Settings):
+    """Weights & Biases; `mode` defaults to what the environment says (WANDB_MODE)."""
+
+    project: str
+    name: str | None = None
+    mode: Literal["online", "offline"] | None = None
+
+
+class MlflowConfig(Settings):
+    """MLflow; `tracking_uri` defaults to what the environment says (MLFLOW_TRACKING_URI)."""
+
+    experiment: str
+    name: str | None = None
+    tracking_uri: str | None = None
+
+
+class MetricsConfig(Settings):
+    """Where metrics go besides metrics.jsonl and TensorBoard."""
+
+    wandb: WandbConfig | None = None
+    mlflow: MlflowConfig | None = None
+
+
 class ParentConfig(Settings):
     """Where a branch starts: written by launch/anneal.py."""
 
@@ -235,8 +269,9 @@ class RunConfig(Settings):
     """The same numbers to the last bit whenever it is run on the same machines: only kernels that promise it, which on
     a GPU are slower. On a CPU it is so in any case."""
     log_every: PositiveInt = 10
-    max_bad_steps: int = Field(10, ge=0)
-    """Steps with a non-finite loss or gradient that may be skipped before the run stops."""
+    """Steps that one record sums up."""
+    metrics: MetricsConfig = MetricsConfig()
+    guard: GuardConfig = GuardConfig()
     parent: ParentConfig | None = None
 
     @model_validator(mode="after")

@@ -67,11 +67,15 @@ def barrier() -> None:
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Element-wise sum over all ranks, in float64."""
-    if not torch_dist.is_initialized() or world_size() == 1:
-        return [float(v) for v in values]
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
-    torch_dist.all_reduce(tensor)
+    add_over_ranks(tensor)
     return [float(v) for v in tensor.tolist()]
+
+
+def add_over_ranks(tensor: torch.Tensor) -> None:
+    """Replace `tensor`, on this rank's device, by its sum over all ranks; on a GPU the host does not wait for it."""
+    if torch_dist.is_initialized() and world_size() > 1:
+        torch_dist.all_reduce(tensor)
 
 
 def gather_texts(texts: Sequence[str]) -> list[str]:

@@ -31,7 +31,7 @@ def main() -> int:
     found = dist.gather_texts([str(find_parent(args.source).folder)])[0]  # a trunk that trains on may have moved
     config = branch_config(find_parent(found), length=length, shape=args.shape, run_dir=args.run_dir,
                            final_lr_ratio=args.final_lr_ratio, mix=_mix(args.mix), data=args.data)
-    return run(config, dry_run=args.dry_run, planned_world_size=args.world_size)
+    return run(config, dry_run=args.dry_run, planned_world_size=args.world_size, profile=args.profile)
 
 
 def _arguments() -> argparse.Namespace:
@@ -50,6 +50,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--run-dir", help="folder of the branch; default: the trunk's with -SHAPE-STEPS")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its plan, start nothing")
     parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
+    parser.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps by torch.profiler into run/profile/")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args()
 

@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its plan, start nothing")
     parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
+    parser.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps by torch.profiler into run/profile/")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()
     from cprec.config import RunConfig
@@ -26,7 +27,7 @@ def main() -> int:
     from cprec.train.loop import run
 
     config = load_settings(RunConfig, args.config, args.overrides)
-    return run(config, dry_run=args.dry_run, planned_world_size=args.world_size)
+    return run(config, dry_run=args.dry_run, planned_world_size=args.world_size, profile=args.profile)
 
 
 if __name__ == "__main__":

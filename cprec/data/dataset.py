@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -33,7 +33,7 @@ from cprec.data.corpora import Packed, check_alike, find_corpora, manifests_of
 from cprec.data.remote import ShardCache, open_corpus
 from cprec.data.sampler import PERIOD, Phase, Position, Sampler, badly_rounded, quotas_of, resolve_mix
 from cprec.errors import ConfigError, DataError
-from cprec.format import FACTS, Manifest, PackedCorpus, TokenBuffer, read_rows
+from cprec.format import FACTS, Manifest, PackedCorpus, PackedRows, TokenBuffer, read_rows
 from cprec.log import get_logger
 
 log = get_logger(__name__)
@@ -61,6 +61,8 @@ class StepRows:
     """Attention cost in token pairs: the sum of squared document lengths."""
     n_labels: Ints
     n_pad: Ints
+    left_out: npt.NDArray[np.bool_]
+    """Read as padding without labels, see `PackedDataset.leave_out`."""
     dealt: Ints
     """(grad_accum, micro_batch_size, world_size): which of the n stands where."""
 
@@ -111,7 +113,8 @@ class PackedDataset(IterableDataset[Batch]):
         self.rank, self.world_size = rank, world_size
         self._memory = Memory(pin=torch.cuda.is_available())
         self._buffers: deque[TokenBuffer] = deque()  # that no thread reads into
-        self._asked: tuple[range, StepRows] | None = None  # the steps whose rows were asked for last
+        self._left_out: dict[int, Ints] = {}  # replaced as a whole: whether rows are of it is asked by identity
+        self._asked: tuple[range, dict[int, Ints], StepRows] | None = None  # the steps whose rows were asked for last
         self._n_unreleased = 0
         self._next = 0  # of this rank's micro-batches since the beginning
 
@@ -147,12 +150,20 @@ class PackedDataset(IterableDataset[Batch]):
         return self._rows(range(step, step + 1))
 
     def _rows(self, steps: range) -> StepRows:
-        asked = self._asked
-        if asked is None or asked[0] != steps:
-            asked = self._asked = (steps, self._deal(steps))
-        return asked[1]
+        asked, left_out = self._asked, self._left_out
+        if asked is None or asked[0] != steps or asked[1] is not left_out:
+            asked = self._asked = (steps, left_out, self._deal(steps, left_out))
+        return asked[2]
 
-    def _deal(self, steps: range) -> StepRows:
+    def leave_out(self, rows: Mapping[str, Iterable[int]]) -> None:
+        """From now on read these rows, by corpus, as padding: they keep their places in the order and in the deal, so
+        that positions stay arithmetic, but hold no text and no labels. Corpora that the sampler lacks are passed over.
+        """
+        numbers = {name: number for number, name in enumerate(self.sampler.names)}
+        self._left_out = {numbers[name]: np.array(sorted(of), dtype=np.int64)
+                          for name, of in rows.items() if name in numbers}
+
+    def _deal(self, steps: range, left_out: dict[int, Ints]) -> StepRows:
         n = len(steps) * self.global_batch_size
         at = _positions(self.sampler, steps.start * self.global_batch_size, n)
         facts = np.empty(n, dtype=FACTS)
@@ -160,7 +171,11 @@ class PackedDataset(IterableDataset[Batch]):
             facts[here] = self.corpus(c).facts(at.row[here])
         cost, n_labels, n_pad = (facts[name].astype(np.int64) for name in ("cost", "n_labels", "n_pad"))
         dealt = deal(cost.reshape(len(steps), -1), world_size=self.world_size, micro_batch_size=self.micro_batch_size)
-        return StepRows(at.corpus, at.row, cost, n_labels, n_pad, dealt)
+        out = np.zeros(n, dtype=np.bool_)
+        for c, rows in left_out.items():
+            out |= (at.corpus == c) & np.isin(at.row, rows)
+        n_labels[out] = 0
+        return StepRows(at.corpus, at.row, cost, n_labels, n_pad, out, dealt)
 
     def step(self, step: int) -> Step:
         """This rank's part of a step, ready for the device."""
@@ -168,28 +183,38 @@ class PackedDataset(IterableDataset[Batch]):
 
     def _make(self, steps: range) -> list[Step]:
         rows, most = self._rows(steps), self._batches_at_once
+        n_pad = np.where(rows.left_out, self._row_form[0], rows.n_pad)
         batches = [batch for first in range(0, len(rows.dealt), most)
                    for batch in self._read(rows, slice(first, first + most))]
-        n_valid, n_pad, cost = (values.reshape(len(steps), -1).sum(axis=1).tolist()
-                                for values in (rows.n_labels, rows.n_pad, rows.cost))
+        n_valid, padding, cost = (values.reshape(len(steps), -1).sum(axis=1).tolist()
+                                  for values in (rows.n_labels, n_pad, rows.cost))
         n = self.grad_accum_steps
-        return [Step(batches[i * n:(i + 1) * n], n_valid[i], n_pad[i], cost[i]) for i in range(len(steps))]
+        return [Step(batches[i * n:(i + 1) * n], n_valid[i], padding[i], cost[i]) for i in range(len(steps))]
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
         """Every step from `first` to before `last`. A thread makes the next ones while these are in use, and then has
         the shards of those after them brought here."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="cprec-reader") as reader:
+            while first < last:
+                known = self._left_out
+                for step in self._made_ahead(reader, first, last):
+                    yield step
+                    first += 1
+                    if known is not self._left_out:  # what was made ahead may hold rows that were left out since
+                        break
+
+    def _made_ahead(self, reader: ThreadPoolExecutor, first: int, last: int) -> Iterator[Step]:
         most = min(self._batches_at_once // self.grad_accum_steps, _DEALT_ROWS // self.global_batch_size)
         parts = _growing(first, last, most)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="cprec-reader") as reader:
-            part, after = next(parts, None), next(parts, None)
-            making = reader.submit(self._make, part) if part else None
-            while making:
-                ready = making.result()
-                making = reader.submit(self._make, after) if after else None
-                after = next(parts, None)
-                if after:
-                    reader.submit(self._ask_for, after)  # what is wrong there will be told when it is read
-                yield from ready
+        part, after = next(parts, None), next(parts, None)
+        making = reader.submit(self._make, part) if part else None
+        while making:
+            ready = making.result()
+            making = reader.submit(self._make, after) if after else None
+            after = next(parts, None)
+            if after:
+                reader.submit(self._ask_for, after)  # what is wrong there will be told when it is read
+            yield from ready
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -223,14 +248,18 @@ class PackedDataset(IterableDataset[Batch]):
                               f"to the step's end")
         self._next = state["step"] * self.grad_accum_steps + state["micro_step"]
 
-    def describe(self, step: int) -> list[str]:
-        """The step's rows as `corpus row n (shard, place)`, for messages that must name them."""
+    def rows_by_corpus(self, step: int) -> dict[str, list[int]]:
+        """The step's rows, sorted, by the name of their corpus."""
         rows = self.step_rows(step)
-        named = []
-        for c, r in zip(rows.corpus.tolist(), rows.row.tolist(), strict=True):
-            shard, place = self.corpus(c).locate(r)
-            named.append(f"{self.sampler.names[c]} row {r} ({shard}:{place})")
-        return sorted(named)
+        return {self.sampler.names[c]: sorted({int(r) for r in rows.row[here]}) for c, here in _by_corpus(rows.corpus)}
+
+    def name_row(self, step: int, micro_step: int, place: int) -> str:
+        """The row that this rank had there, as `corpus row n (shard:place)`, for messages."""
+        rows = self.step_rows(step)
+        i = int(rows.dealt[micro_step, place, self.rank])
+        c, r = int(rows.corpus[i]), int(rows.row[i])
+        shard, place_in_shard = self.corpus(c).locate(r)
+        return f"{self.sampler.names[c]} row {r} ({shard}:{place_in_shard})"
 
     def _ask_for(self, steps: range) -> None:
         """Have the shards of this rank's rows here, while others are worked on."""
@@ -249,8 +278,11 @@ class PackedDataset(IterableDataset[Batch]):
             for i, place in zip(here.tolist(), self.corpus(c).find(rows.row[mine[here]]), strict=True):
                 places[i] = place
         buffer = self._take_buffer(len(mine))
+        read = read_rows(places, rows.n_pad[mine].astype(np.int32), buffer)
+        for i in np.flatnonzero(rows.left_out[mine]).tolist():
+            read = _blank(read, i, self.corpus(int(corpus[i])).manifest.tokenizer.pad_id)
         batches = assemble(
-            read_rows(places, rows.n_pad[mine].astype(np.int32), buffer), corpus, rows.n_labels[mine],
+            read, corpus, rows.n_labels[mine],
             micro_batch_size=self.micro_batch_size, memory=self._memory if get_worker_info() is None else None)
         self._buffers.append(buffer)
         self._release(len(places))
@@ -304,6 +336,19 @@ def open_corpora(sampler: Sampler, places: Mapping[str, str], cache: ShardCache 
     has no place."""
     return [open_corpus(places[name], cache, manifest=manifests[name], at_random=True) if name in manifests else None
             for name in sampler.names]
+
+
+def _blank(rows: PackedRows, i: int, pad_id: int) -> PackedRows:
+    """The rows with row `i`, which is written over, as padding in documents of the same lengths: it costs what was
+    counted on, and nothing is learned."""
+    rows.input_ids[i] = pad_id
+    doc_ids, mask = rows.doc_ids.copy(), rows.loss_mask
+    last = int(rows.n_docs[:i + 1].sum())
+    doc_ids[last - int(rows.n_docs[i]):last] = -1
+    if mask is None:
+        mask = np.ones(rows.input_ids.shape, dtype=np.bool_)
+    mask[i] = False
+    return replace(rows, doc_ids=doc_ids, loss_mask=mask)
 
 
 def _by_corpus(corpus: Ints) -> Iterator[tuple[int, Ints]]:

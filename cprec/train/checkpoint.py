@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch.distributed as torch_dist
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from cprec import dist
 from cprec.config import ParentConfig, RunConfig
@@ -53,6 +53,10 @@ class State(Settings):
     lr: float
     phase: PhaseName
     bad_steps: int
+    recent_norms: list[float] = Field([])
+    """Gradient norms of the last good steps: what the guard's bound follows from."""
+    quarantine: dict[str, list[int]] = Field({})
+    """Rows, by corpus, that the run and its branches do not read again."""
     config_hash: str
     tokenizer_fingerprint: str
     world_size: int

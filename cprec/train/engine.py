@@ -9,11 +9,14 @@ its summed loss by world_size * grad_accum_steps / n_valid, which undoes the ave
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from packaging.version import Version
@@ -27,6 +30,7 @@ from cprec.data.dataset import Step
 from cprec.errors import CheckpointError, ConfigError
 from cprec.log import get_logger
 from cprec.model import TrainingModel, compile_blocks, load_for_training
+from cprec.train.guard import Judge, judge_finite
 from cprec.train.lora import add_lora
 from cprec.train.optimizer import EmbeddingsOnly, parameter_groups
 from cprec.train.plan import Plan
@@ -38,13 +42,45 @@ MIN_DEEPSPEED = "0.19.8"
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step on this rank: summed loss and predicted tokens by corpus number, and what became of it."""
+    """One optimizer step, over all ranks; the same on each, but for `bad_rows`."""
 
     loss_sums: list[float]
-    n_valid: list[int]
+    """Summed loss by corpus number, in nats."""
+    n_valid: list[float]
+    """Predicted tokens by corpus number."""
     grad_norm: float | None
-    skipped: bool
-    """A gradient was not finite: no weight, moment or step count was changed, on any rank."""
+    """Before clipping."""
+    rejected: str | None
+    """Why the update was left out: then no weight, moment or step count has changed, on any rank."""
+    is_asked_to_stop: bool
+    """Whether any rank was."""
+    bad_rows: list[tuple[int, int]]
+    """This rank's rows whose own loss is not finite, as (micro-step, place)."""
+
+    @property
+    def loss(self) -> float:
+        return sum(self.loss_sums) / sum(self.n_valid)
+
+
+class Times(Protocol):
+    """What the engine asks of a clock, see `cprec.train.watch.Clock`."""
+
+    def compute(self, name: str) -> AbstractContextManager[None]: ...
+
+
+class _NoTimes:
+    def compute(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@dataclass
+class _Pending:
+    """The step under way, from the moment when all ranks' sums are on their way."""
+
+    totals: Tensor
+    row_losses: list[Tensor]
+    judge: Judge
+    result: StepResult | None = None
 
 
 class Engine:
@@ -75,27 +111,86 @@ class Engine:
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
         if config.model.compile:
             compile_blocks(model.lm)
+        self._pending: _Pending | None = None
+        for updating in (optimizer, getattr(self._optimizer, "backup_optimizer", None)):  # the second: partial offload
+            if updating is not None:
+                self._guard(updating)
 
     def train_only_embeddings(self, only: bool) -> None:
         """Whether the next step trains the embeddings alone, as `Plan.only_embeddings` says, or everything."""
         self._embeddings_only.set(only)
 
-    def step(self, step: Step, lr: float) -> StepResult:
-        """Forward, backward and update over this rank's micro-batches of one optimizer step, at rate `lr`."""
+    def step(self, step: Step, lr: float, *, judge: Judge = judge_finite, times: Times | None = None,
+             asked_to_stop: Sequence[int] = ()) -> StepResult:
+        """Forward, backward and update over this rank's micro-batches of one optimizer step, at rate `lr`.
+
+        `judge` sees loss and gradient norm of all ranks when the optimizer is about to update, and may leave the update
+        out. That is the one moment at which the host waits for a GPU. Until then a loss that is not finite takes its
+        course: under ZeRO-3 every rank has to take part in every backward, and gradients are overwritten by the next
+        step. Collective; `asked_to_stop`, if not empty on one rank, is told to all.
+        """
+        times = times or _NoTimes()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         scale = self.world_size * self.grad_accum_steps / step.n_valid
-        sums = torch.zeros(self.n_corpora, dtype=torch.float64, device=self.device)
-        n_valid = torch.zeros(self.n_corpora, dtype=torch.int64, device=self.device)
-        skipped_before = self._engine.skipped_steps
-        for batch in (b.to(self.device) for b in step.batches):
-            row_losses = self._engine(batch)
-            self._engine.backward(row_losses.sum() * scale)
-            self._engine.step()
-            sums.index_add_(0, batch.corpus, row_losses.detach().double())
-            n_valid.index_add_(0, batch.corpus, batch.n_valid_by_row)
-        return StepResult(sums.tolist(), n_valid.tolist(), self._grad_norm(),
-                          self._engine.skipped_steps > skipped_before)
+        totals = torch.zeros(2 * self.n_corpora + 1, dtype=torch.float64, device=self.device)
+        row_losses = []
+        for i, batch in enumerate((b.to(self.device) for b in step.batches), 1):
+            with times.compute("forward"):
+                losses = self._engine(batch)
+            with times.compute("backward"):
+                self._engine.backward(losses.sum() * scale)
+            row_losses.append(losses.detach())
+            totals.index_add_(0, batch.corpus, row_losses[-1].double())
+            totals.index_add_(0, batch.corpus + self.n_corpora, batch.n_valid_by_row.double())
+            with times.compute("optimizer"):
+                if i == len(step.batches):
+                    totals[-1] = float(bool(asked_to_stop))
+                    dist.add_over_ranks(totals)
+                    self._pending = _Pending(totals, row_losses, judge)
+                self._engine.step()
+        result = self._decide()
+        self._pending = None
+        if result.rejected:  # stages 1 and 2 link the moments once, after what they take for the first update
+            self._optimizer._hp_optimizer_states_linked = False
+        return result
+
+    def _guard(self, optimizer: Any) -> None:
+        """Have `optimizer.step`, which DeepSpeed calls for each part of the parameters, do nothing in a step that is
+        rejected: whatever DeepSpeed makes of such a step, it has no other way to weights and moments."""
+        update = optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            return None if self._pending and self._decide().rejected else update(*args, **kwargs)
+
+        optimizer.step = step
+
+    def _decide(self) -> StepResult:
+        """The result of the step under way; judged once. DeepSpeed knows the norm before it calls the optimizer."""
+        pending = self._pending
+        assert pending is not None
+        if pending.result is None:
+            values, n = pending.totals.tolist(), self.n_corpora
+            norm = getattr(self._engine.optimizer, "_global_grad_norm", None)
+            found = StepResult(values[:n], values[n:2 * n], None if norm is None else float(norm), rejected=None,
+                               is_asked_to_stop=values[-1] > 0, bad_rows=[])
+            bad = [] if math.isfinite(found.loss) else [
+                (m, i) for m, losses in enumerate(pending.row_losses)
+                for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
+            pending.result = replace(found, rejected=pending.judge(found.loss, found.grad_norm), bad_rows=bad)
+        return pending.result
+
+    @torch.no_grad()
+    def param_norm(self) -> float | None:
+        """2-norm of the trained parameters as the model computes with them; None where they lie on NVMe. Collective."""
+        trained = [p for p in self._engine.module.parameters() if p.requires_grad]
+        parts = [part for part in map(_own_part, trained) if part is not None]
+        if len(parts) < len(trained):
+            return None
+        squares = torch.stack([torch.linalg.vector_norm(p, dtype=torch.float32).double() ** 2 for p in parts]).sum()
+        if self.zero_stage == 3:
+            dist.add_over_ranks(squares)
+        return math.sqrt(float(squares))
 
     @torch.no_grad()
     def row_losses(self, batch: Batch) -> Tensor:
@@ -125,9 +220,17 @@ class Engine:
         """Release hooks and buffers; asynchronous writers would hang at exit without it."""
         self._engine.destroy()
 
-    def _grad_norm(self) -> float | None:
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+
+def _own_part(parameter: Tensor) -> Tensor | None:
+    """This rank's part of a parameter, without padding, flat; all of it where parameters are not partitioned; None
+    where it is not in memory."""
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter.detach().flatten()
+    if part.numel() == 0 and part.ds_numel:
+        return None
+    n_left = parameter.ds_numel - dist.rank() * part.ds_numel  # type: ignore[attr-defined]
+    return part.detach().flatten()[:max(min(n_left, part.numel()), 0)]  # type: ignore[no-any-return]
 
 
 def _import_deepspeed() -> Any:

@@ -1,8 +1,8 @@
 """The training loop: resume, step, log, validate, save, stop when asked. Read `train` first; it is the whole story.
 
 reads: packed corpora, a model folder or the run's (or its parent's) newest checkpoint. writes: the run folder
-(`config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`). State of a run: the step; everything else (rows, rate,
-phase) is a function of it.
+(`config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`). State of a run: the step, of which rows, rate and
+phase are functions, and what its guard has learned about bad steps.
 """
 
 from __future__ import annotations
@@ -11,24 +11,19 @@ import logging
 import math
 import signal
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from cprec import dist
 from cprec.config import RunConfig
-from cprec.data.collate import collate
 from cprec.data.corpora import shown
 from cprec.data.dataset import PackedDataset, Step, open_corpora
-from cprec.data.remote import open_corpus, small_cache_warning, verify_file
-from cprec.data.sampler import permute
-from cprec.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DataError, DivergedError, raise_all
-from cprec.format import Manifest, PackedCorpus
+from cprec.data.remote import small_cache_warning, verify_file
+from cprec.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DataError, DivergedError, n_of, raise_all
 from cprec.log import get_logger
 from cprec.log import progress as with_bar
 from cprec.process import only_writer
@@ -43,23 +38,31 @@ from cprec.train.checkpoint import (
     save_checkpoint,
 )
 from cprec.train.engine import Engine, StepResult
-from cprec.train.metrics import MetricsLog, TrainRecord, ValidationRecord, memory_gb, peak_flops
+from cprec.train.guard import QUARANTINE, Guard, read_quarantine, write_quarantine
+from cprec.train.metrics import BadStepRecord, MetricsLog
 from cprec.train.plan import Plan, build_plan
+from cprec.train.profile import Trace, parse_steps
 from cprec.train.run_folder import check_run_folder, claim_run_folder
+from cprec.train.validate import validate
+from cprec.train.watch import Watch
 
 log = get_logger(__name__)
 
 
 @dataclass
 class Progress:
-    """What the loop carries from step to step."""
+    """What the loop carries from step to step. `step` counts steps done."""
 
     step: int
-    bad_steps: int = 0
+    guard: Guard
 
 
-def run(config: RunConfig, *, dry_run: bool = False, planned_world_size: int | None = None) -> int:
-    """What a launch script does with a config: train and return the exit code, or print the plan and start nothing."""
+def run(config: RunConfig, *, dry_run: bool = False, planned_world_size: int | None = None,
+        profile: str | None = None) -> int:
+    """What a launch script does with a config: train and return the exit code, or print the plan and start nothing.
+
+    `profile`: steps to trace, as FIRST:LAST.
+    """
     if dry_run:
         plan = build_plan(config, planned_world_size or dist.world_size())
         check_run_folder(Path(plan.config.run_dir), plan)
@@ -68,13 +71,15 @@ def run(config: RunConfig, *, dry_run: bool = False, planned_world_size: int | N
             print(plan.text())
         return 0
     try:
-        return 0 if train(config) else EXIT_REQUEUE
+        return 0 if train(config, traced=parse_steps(profile)) else EXIT_REQUEUE
     finally:
         dist.shutdown()
 
 
-def train(config: RunConfig) -> bool:
+def train(config: RunConfig, *, traced: range = range(0)) -> bool:
     """Train to the end of the schedule, from wherever the run folder stands; False when asked to stop before it.
+
+    `traced`: steps, counted from 1, that the profiler watches.
 
     Collective: every rank calls it. Raises ConfigError, DataError, CheckpointError or DivergedError.
     """
@@ -85,7 +90,7 @@ def train(config: RunConfig) -> bool:
     with ExitStack() as held:
         _hold(run_dir, held)
         claim_run_folder(run_dir, plan)
-        return _train(plan, run_dir)
+        return _train(plan, run_dir, traced)
 
 
 def _check_one_view(plan: Plan) -> None:
@@ -111,169 +116,114 @@ def _hold(run_dir: Path, held: ExitStack) -> None:
     raise_all(dist.gather_texts(problems), of="run_dir")
 
 
-def _train(plan: Plan, run_dir: Path) -> bool:
+def _train(plan: Plan, run_dir: Path, traced: range) -> bool:
     start = _starting_point(plan, run_dir)
     if start and start.run_dir == run_dir and start.state.step >= plan.schedule.total_steps:
         log.info("%s is complete: %d of %d steps", run_dir, start.state.step, plan.schedule.total_steps)
         return True
+    trace = Trace(run_dir, traced, next_step=(start.state.step if start else plan.first_step) + 1,
+                  last_step=plan.schedule.total_steps)
     dataset = _open_data(plan)
     engine = Engine(plan)
     progress = _resume(engine, plan, start)
+    dataset.leave_out(progress.guard.quarantine)
     _announce(plan, engine)
-    metrics = MetricsLog(run_dir, resume_step=progress.step if start else -1, active=dist.rank() == 0)
+    metrics = MetricsLog(run_dir, plan.config, resume_step=progress.step if start else -1, active=dist.rank() == 0)
     try:
         with _asked_to_stop() as asked:
-            return _run(plan, engine, dataset, metrics, progress, asked)
+            return _run(plan, engine, dataset, metrics, progress, trace, asked)
     except DataError as e:
         e.on_one_rank = True  # a rank reads rows that no other one reads
         raise
     finally:
+        trace.close()
         metrics.close()
         engine.close()
 
 
-def _run(plan: Plan, engine: Engine, dataset: PackedDataset, metrics: MetricsLog, progress: Progress,
+def _run(plan: Plan, engine: Engine, dataset: PackedDataset, metrics: MetricsLog, progress: Progress, trace: Trace,
          asked: list[int]) -> bool:
     """Steps from `progress.step` to the last one, or to the next step's border after a signal."""
-    run_dir, total = Path(plan.config.run_dir), plan.schedule.total_steps
-    checkpoint_steps = set(plan.checkpoint_steps())
+    total, log_every = plan.schedule.total_steps, plan.config.log_every
+    checkpoint_steps, validation_steps = set(plan.checkpoint_steps()), set(plan.validation_steps())
+    watch = Watch(plan, engine)
+    clock = watch.clock
     if plan.valid and progress.step == 0:
-        metrics.write(validate(plan, engine, 0))
-    watch = _StepWatch(plan, engine)
-    steps: Iterator[Step] = dataset.steps(progress.step, total)
-    if dist.rank() == 0:
-        steps = with_bar(steps, total=total - progress.step, label="train", unit="step", lines=False)
-    for step in steps:
-        watch.data_is_there()
-        lr = plan.schedule.lr(progress.step)
-        engine.train_only_embeddings(plan.only_embeddings(progress.step))
-        result = engine.step(step, lr)
-        totals = _Totals.over_ranks(result, stop=bool(asked))
-        _guard(totals, result, plan, dataset, progress)
+        with clock.part("validation"):
+            metrics.write(validate(plan, engine, 0))
+    for step in clock.each("data", _with_bar(dataset.steps(progress.step, total), total - progress.step)):
+        trace.before(progress.step + 1)
+        result = None
+        if not step.n_valid:
+            log.info("step %d is passed over: all of its rows are in quarantine", progress.step + 1)
+        else:
+            engine.train_only_embeddings(plan.only_embeddings(progress.step))
+            result = engine.step(step, plan.schedule.lr(progress.step), judge=progress.guard.judge, times=clock,
+                                 asked_to_stop=asked)
+            watch.add(step, result)
+            _guard(result, dataset, metrics, progress, Path(plan.config.run_dir))
         progress.step += 1
-        record = watch.record(progress, step, totals, result, lr)
-        if progress.step % plan.config.log_every == 0 or progress.step == total:
-            metrics.write(record)
-            log.info("%s", record.line(total))
-        if plan.valid and (progress.step % (plan.config.validation.every or total) == 0 or progress.step == total):
-            metrics.write(validate(plan, engine, progress.step))
-        if progress.step in checkpoint_steps or totals.stop:
-            _save(plan, engine, run_dir, progress)
-        if totals.stop and progress.step < total:
-            log.warning("asked to stop: saved step %d of %d; the same command goes on from there", progress.step, total)
+        n, stop = progress.step, result is not None and result.is_asked_to_stop
+        trace.after(n)
+        saves = n in checkpoint_steps or stop
+        if n % log_every == 0 or saves:  # also before it saves, so that a run that goes on from there logs the same
+            with clock.part("logging"):
+                _log(metrics, watch, progress, total)
+        if n in validation_steps:
+            with clock.part("validation"):
+                metrics.write(validate(plan, engine, n))
+        if saves:
+            with clock.part("checkpoint"):
+                _save(plan, engine, progress)
+        if stop and n < total:
+            log.warning("asked to stop: saved step %d of %d; the same command goes on from there", n, total)
             return False
-        watch.next_step()
     return True
 
 
-def validate(plan: Plan, engine: Engine, step: int) -> ValidationRecord:
-    """Loss of every validation corpus on `rows_per_corpus` of its rows, the same ones every time. Collective."""
-    losses, total, n_total = {}, 0.0, 0.0
-    for name, manifest in plan.valid.items():
-        loss_sum, n_valid = _validate_corpus(plan, engine, name, manifest)
-        losses[name] = loss_sum / n_valid
-        total, n_total = total + loss_sum, n_total + n_valid
-    shown = "  ".join(f"{name.removeprefix('valid/')} {loss:.3f}" for name, loss in losses.items())
-    log.info("step %7d  validation loss %.4f  (%s)", step, total / n_total, shown)
-    return ValidationRecord(step=step, loss=total / n_total, loss_by_corpus=losses)
+def _with_bar(steps: Iterator[Step], n_steps: int) -> Iterable[Step]:
+    return with_bar(steps, total=n_steps, label="train", unit="step", lines=False) if dist.rank() == 0 else steps
 
 
-def _validate_corpus(plan: Plan, engine: Engine, name: str, manifest: Manifest) -> tuple[float, float]:
-    """Summed loss and predicted tokens over all ranks. Ranks without a row left run a row that does not count, since
-    under ZeRO-3 every rank takes part in every forward."""
-    corpus = _open_valid(plan, name, manifest)
-    n_rows = min(plan.config.validation.rows_per_corpus, len(corpus))
-    rows = permute(np.arange(n_rows), len(corpus), key=(plan.config.data.seed, name, 0))
-    loss_sum = n_valid = 0.0
-    for first in range(0, n_rows, plan.world_size):
-        mine = first + dist.rank()
-        batch = collate([corpus[int(rows[min(mine, n_rows - 1)])]], [0])
-        loss = float(engine.row_losses(batch).sum())
-        if mine < n_rows:
-            loss_sum, n_valid = loss_sum + loss, n_valid + batch.n_valid
-    corpus.release()  # until the next validation, which may be hours away
-    loss_sum, n_valid = dist.sum_over_ranks([loss_sum, n_valid])
-    return loss_sum, n_valid
+def _log(metrics: MetricsLog, watch: Watch, progress: Progress, total_steps: int) -> None:
+    record = watch.record(progress.step, bad_steps=progress.guard.bad_steps)
+    if record:
+        metrics.write(record)
+        log.info("%s", record.line(total_steps))
 
 
-_valid_corpora: dict[str, PackedCorpus] = {}
-"""The validation corpora of the process's run, by name."""
-
-
-def _open_valid(plan: Plan, name: str, manifest: Manifest) -> PackedCorpus:
-    """The corpus, opened at the run's first validation. Another manifest object, even if equal, is another run's."""
-    corpus = _valid_corpora.get(name)
-    if corpus is None or corpus.manifest is not manifest:
-        corpus = _valid_corpora[name] = open_corpus(plan.places[name], plan.cache, manifest=manifest)
-    return corpus
-
-
-@dataclass(frozen=True)
-class _Totals:
-    """One step over all ranks: summed loss and predicted tokens by corpus, and whether any rank was asked to stop."""
-
-    loss_sums: list[float]
-    n_valid: list[float]
-    stop: bool
-
-    @classmethod
-    def over_ranks(cls, result: StepResult, *, stop: bool) -> _Totals:
-        n = len(result.loss_sums)
-        summed = dist.sum_over_ranks([*result.loss_sums, *result.n_valid, float(stop)])
-        return cls(summed[:n], summed[n:2 * n], summed[-1] > 0)
-
-    @property
-    def loss(self) -> float:
-        return sum(self.loss_sums) / sum(self.n_valid)
-
-
-def _guard(totals: _Totals, result: StepResult, plan: Plan, dataset: PackedDataset, progress: Progress) -> None:
-    """Count a step that was skipped because something was not finite, name its rows, and stop after too many."""
-    finite = math.isfinite(totals.loss)
-    if finite and not result.skipped:
+def _guard(result: StepResult, dataset: PackedDataset, metrics: MetricsLog, progress: Progress, run_dir: Path) -> None:
+    """Count the step; of one whose update was left out, name and put aside the rows, and stop after too many."""
+    guard = progress.guard
+    if not result.rejected:
+        guard.note_good(result.grad_norm)
         return
-    progress.bad_steps += 1
-    rows = dataset.describe(progress.step)
-    if not result.skipped:
-        raise DivergedError(f"step {progress.step + 1}: the loss is {totals.loss}, but the gradients were finite and "
-                            f"the weights were updated; rows: {'; '.join(rows)}; go on from the newest checkpoint")
-    corpora = Counter(row.split(" ")[0] for row in rows)
-    log.warning("step %d was skipped: loss %s, gradient norm %s; rows by corpus: %s; rows: %s", progress.step + 1,
-                totals.loss, result.grad_norm, dict(corpora), "; ".join(rows))
-    if progress.bad_steps > plan.config.max_bad_steps:
-        raise DivergedError(
-            f"{progress.bad_steps} steps had a non-finite loss or gradient, more than max_bad_steps="
-            f"{plan.config.max_bad_steps}; the last was step {progress.step + 1}, with rows: {'; '.join(rows)}; look "
-            f"at these rows, or begin another run_dir with a lower optimizer.peak_lr")
+    n, rows = progress.step + 1, dataset.rows_by_corpus(progress.step)
+    guard.note_bad(rows)
+    dataset.leave_out(guard.quarantine)
+    by_corpus = ", ".join(f"{len(of):,} of {name}" for name, of in rows.items())
+    culprits = dist.gather_texts([dataset.name_row(progress.step, m, i) for m, i in result.bad_rows])
+    found = f"; not finite in {', '.join(culprits)}" if culprits else ""
+    if dist.rank() == 0:
+        log.warning("step %d was left out: %s%s; its rows are not read again: %s", n, result.rejected, found, by_corpus)
+    metrics.write(BadStepRecord(step=n, reason=result.rejected, loss=_finite(result.loss),
+                                grad_norm=_finite(result.grad_norm), rows=rows))
+    if not guard.is_exhausted:
+        return
+    if dist.rank() == 0:
+        write_quarantine(run_dir, guard.quarantine)
+    saved = list_checkpoints(run_dir)[-1:]
+    start = f"from {saved[0].folder}" if saved else "from the beginning"
+    n_rows = sum(map(len, guard.quarantine.values()))
+    raise DivergedError(
+        f"{guard.bad_steps} steps were left out, more than guard.max_bad_steps; the last was step {n}: "
+        f"{result.rejected}{found}; its rows: {by_corpus}. The same command goes on {start}, without the {n_rows:,} "
+        f"rows that {run_dir / QUARANTINE} lists. Look at them first (launch/peek.py {run_dir} --step {n}); if they "
+        f"are sound, begin another run_dir with a lower optimizer.peak_lr")
 
 
-class _StepWatch:
-    """Times the parts of a step and makes its record."""
-
-    def __init__(self, plan: Plan, engine: Engine) -> None:
-        self._plan, self._engine = plan, engine
-        self._peak = peak_flops(engine.device)
-        self.next_step()
-
-    def next_step(self) -> None:
-        self._started = time.perf_counter()
-
-    def data_is_there(self) -> None:
-        self._data_wait_s = time.perf_counter() - self._started
-
-    def record(self, progress: Progress, step: Step, totals: _Totals, result: StepResult, lr: float) -> TrainRecord:
-        plan, seconds = self._plan, time.perf_counter() - self._started
-        tokens = plan.tokens_per_step
-        flops = self._engine.model_shape.flops(tokens - step.n_pad, step.cost)
-        mfu = flops / seconds / (self._peak * plan.world_size) if self._peak else None
-        by_corpus = {name: total / n for name, total, n
-                     in zip(plan.sampler.names, totals.loss_sums, totals.n_valid, strict=True) if n}
-        return TrainRecord(
-            step=progress.step, phase=plan.schedule.phase(progress.step - 1), lr=lr, loss=totals.loss,
-            loss_by_corpus=by_corpus, grad_norm=result.grad_norm, tokens_seen=progress.step * tokens,
-            tokens_per_s=tokens / seconds, tokens_per_s_per_device=tokens / seconds / plan.world_size, mfu=mfu,
-            pad_share=step.n_pad / tokens, step_s=seconds, data_wait_s=self._data_wait_s,
-            memory_gb=memory_gb(self._engine.device), bad_steps=progress.bad_steps)
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _starting_point(plan: Plan, run_dir: Path) -> Checkpoint | None:
@@ -293,19 +243,28 @@ def _starting_point(plan: Plan, run_dir: Path) -> Checkpoint | None:
 
 
 def _resume(engine: Engine, plan: Plan, start: Checkpoint | None) -> Progress:
+    listed = read_quarantine(Path(plan.config.run_dir))
     if start is None:
-        return Progress(plan.first_step)
-    load_checkpoint(engine, start)
-    log.info("loaded %s: step %d, %s tokens seen", start.folder, start.state.step, f"{start.state.tokens_seen:,}")
-    return Progress(start.state.step, start.state.bad_steps)
+        progress = Progress(plan.first_step, Guard(plan.config.guard))
+    else:
+        load_checkpoint(engine, start)
+        log.info("loaded %s: step %d, %s tokens seen", start.folder, start.state.step, f"{start.state.tokens_seen:,}")
+        state = start.state
+        progress = Progress(state.step, Guard(plan.config.guard, bad_steps=state.bad_steps, quarantine=state.quarantine,
+                                              recent_norms=state.recent_norms))
+    progress.guard.put_aside(listed)
+    if kept := progress.guard.quarantine:
+        log.info("in quarantine: %s", ", ".join(f"{n_of(len(rows), 'row')} of {name}" for name, rows in kept.items()))
+    return progress
 
 
-def _save(plan: Plan, engine: Engine, run_dir: Path, progress: Progress) -> None:
-    started = time.perf_counter()
-    n = progress.step
+def _save(plan: Plan, engine: Engine, progress: Progress) -> None:
+    started, run_dir = time.perf_counter(), Path(plan.config.run_dir)
+    n, guard = progress.step, progress.guard
     state = State(
         step=n, tokens_seen=n * plan.tokens_per_step, rows_seen=n * plan.config.batch.global_batch_size,
-        lr=plan.schedule.lr(n), phase=plan.schedule.phase(n), bad_steps=progress.bad_steps,
+        lr=plan.schedule.lr(n), phase=plan.schedule.phase(n), bad_steps=guard.bad_steps,
+        recent_norms=guard.recent_norms, quarantine=guard.quarantine,
         config_hash=xxhash.xxh3_128_hexdigest(dump_settings(plan.config).encode()),
         tokenizer_fingerprint=next(iter(plan.train.values())).tokenizer.fingerprint,
         world_size=plan.world_size, zero_stage=engine.zero_stage, parent=plan.config.parent, files={})

@@ -29,6 +29,7 @@ from cprec.format import Manifest
 from cprec.schedule import Schedule
 from cprec.tokenizer import load_tokenizer
 from cprec.train.order import Order, build_order
+from cprec.train.trackers import missing_packages
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,13 @@ class Plan:
         """Steps at which a checkpoint is written, the run's last among them."""
         every, last = self.config.checkpoint.every, self.schedule.total_steps
         return sorted({*range(every, last, every), last} - set(range(self.first_step + 1)))
+
+    def validation_steps(self) -> list[int]:
+        """Steps after which the validation loss is computed, the run's last among them; none without such data."""
+        every, last = self.config.validation.every, self.schedule.total_steps
+        if every is None or not self.valid:
+            return []
+        return [n for n in sorted({*range(every, last, every), last}) if n > self.first_step]
 
     def is_kept(self, step: int) -> bool:
         """Whether the checkpoint of `step` is never pruned: in the stable phase, at a multiple of keep_stable_every."""
@@ -163,7 +171,8 @@ def build_plan(config: RunConfig, world_size: int) -> Plan:
     trunk = read_data_record(Path(config.parent.run_dir)) if config.parent else None
     data = record_of(train, trunk)
     order = build_order(config, data)
-    raise_all([*check_batch(config.batch, world_size), *_wrong_fork(config, order.schedule)], of="run config")
+    raise_all([*check_batch(config.batch, world_size), *_wrong_fork(config, order.schedule),
+               *missing_packages(config.metrics)], of="run config")
     if trunk and config.parent:
         check_fits(trunk, train, config.parent.run_dir, config.data.packed, allow_unaudited=config.data.allow_unaudited)
         raise_all(_wanted_but_gone(config, order.mix, set(data.corpora) - set(train)), of="run config", error=DataError)

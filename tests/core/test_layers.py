@@ -16,17 +16,18 @@ FLOORS = [
     "cprec.data.remote data_prep.records data_prep.ragged data_prep.templates data_prep.sources data_prep.disk",
     "cprec.cli cprec.config cprec.data.sampler cprec.data.corpora cprec.data.collate cprec.data.peek "
     "data_prep.config data_prep.engine data_prep.workers data_prep.plan",
-    "cprec.data.dataset cprec.model cprec.base cprec.train.metrics cprec.train.order cprec.train.partitions "
+    "cprec.data.dataset cprec.model cprec.base cprec.train.guard cprec.train.profile cprec.train.trackers "
+    "cprec.train.order cprec.train.partitions "
     "cprec.eval.queries cprec.eval.trie cprec.eval.metrics cprec.eval.stats cprec.eval.results "
     "cprec.eval.tree_attention data_prep.mapping data_prep.replay data_prep.clean data_prep.split data_prep.sequences "
     "data_prep.duplicates data_prep.engines.duckdb data_prep.engines.spark "
     "data_prep.pictures data_prep.encode data_prep.rows data_prep.whole data_prep.vocabulary data_prep.queries",
-    "cprec.plots cprec.train.plan cprec.train.lora cprec.train.optimizer cprec.eval.rank cprec.eval.baselines "
+    "cprec.train.metrics cprec.train.plan cprec.train.lora cprec.train.optimizer cprec.eval.rank cprec.eval.baselines "
     "data_prep.readers data_prep.parsers.amazon data_prep.parsers.complete_journey data_prep.parsers.movielens "
     "data_prep.parsers.recbole data_prep.parsers.tabular data_prep.pack data_prep.report data_prep.engines.registry",
-    "cprec.train.engine cprec.train.checkpoint cprec.eval.run cprec.eval.report "
+    "cprec.train.engine cprec.train.checkpoint cprec.plots cprec.eval.run cprec.eval.report "
     "data_prep.parsers.registry data_prep.staging data_prep.proof",
-    "cprec.train.run_folder",
+    "cprec.train.run_folder cprec.train.validate cprec.train.watch",
     "cprec.train.loop cprec.train.steps cprec.train.branch cprec.train.export data_prep.ingest data_prep.audit",
     "data_prep.pipeline data_prep.look",
     "data_prep.estimate",

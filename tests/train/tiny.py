@@ -47,10 +47,10 @@ def write_model(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
 
 def write_corpus(packed: Path, name: str, *, model: Path, n_rows: int, seed: int, kind: str = "train",
                  audit: Audit | None = PASSED, shard_rows: int = 16,
-                 poison: tuple[int, int] | None = None) -> None:
+                 poison: dict[int, int] | None = None) -> None:
     """Rows of random documents of 5 to 30 tokens over a small, learnable alphabet, with up to 5 tokens of padding.
 
-    `poison`: (row, token id) puts that token at the row's start.
+    `poison`: row -> token id, which is put at the row's start.
     """
     rng = np.random.default_rng(seed)
     tokenizer = load_tokenizer(str(model))
@@ -71,8 +71,8 @@ def write_corpus(packed: Path, name: str, *, model: Path, n_rows: int, seed: int
         lens += row_lens
         n_lens.append(len(row_lens))
         n_pad.append(pad)
-    if poison:
-        ids[poison[0]][0] = poison[1]
+    for at, token in (poison or {}).items():
+        ids[at][0] = token
     folder = packed / name
     folder.mkdir(parents=True)
     shards, lens_at, docs_at = [], 0, 0
