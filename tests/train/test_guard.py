@@ -81,7 +81,7 @@ def train(root: Path, runs: list[dict[str, Any]], *, ranks: int = 1) -> str:
 
 def zero(root: Path, stage: int) -> str:
     path = root / f"zero{stage}.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}))
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     return str(path)
 
 
