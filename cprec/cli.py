@@ -6,12 +6,13 @@ again to go on.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from cprec.errors import CPRecError
+from cprec.errors import ConfigError, CPRecError, did_you_mean
 from cprec.log import setup_logging
 from cprec.process import end_with, stop_with_launcher
 
@@ -19,6 +20,36 @@ RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 """Environment variables in which torchrun and deepspeed, mpirun (Open MPI, MPICH) and srun tell a process its rank."""
 END_WITH = "CPREC_END_WITH"
 """Environment variable: a process id; whatever was started with it, however indirectly, ends when that process does."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments of a script: an option that it does not have is answered with the nearest that it has."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """As of argparse; ends the process with exit code 2 for an unknown option."""
+        found, rest = super().parse_known_args(args, namespace)
+        unknown = [a.partition("=")[0] for a in rest if a.startswith("--")]
+        if unknown:
+            self.error("; ".join(f"there is no option {a}: {did_you_mean(a, self._option_string_actions)}"
+                                 for a in unknown))
+        return found, rest
+
+
+def weights(entries: Iterable[str]) -> dict[str, float] | None:
+    """`CORPUS=WEIGHT,...` entries of the command line as weights by name; None when there are none.
+
+    Raises ConfigError for one that is not of that form.
+    """
+    found = {}
+    for entry in (e for several in entries for e in several.split(",")):
+        name, _, weight = entry.rpartition("=")
+        try:
+            found[name] = float(weight)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ConfigError(f"--mix {entry}: not of the form CORPUS=WEIGHT, such as 'specific/*=1'")
+    return found or None
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -8,6 +8,7 @@ that this file owns.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,7 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from cprec.attention import BACKENDS
 from cprec.errors import ConfigError, did_you_mean, raise_all
-from cprec.schedule import Schedule, check_shape
+from cprec.schedule import Anneal, Return, Schedule, check_shape, cycles, decay
 from cprec.settings import Settings
 
 OWNED_HERE = {
@@ -127,6 +128,9 @@ class DataConfig(Settings):
     """What follows when a corpus has reached its `max_epochs`: the run does not start, or the others take its share."""
     seed: int = 0
     """Decides the order of the rows."""
+    reseed: dict[int, int] = Field({})
+    """From step -> seed: from there on the rows that an epoch has left come in another order. Written by
+    launch/anneal.py --seed."""
     verify: Literal["open", "full"] = "full"
     """`open`: sizes of all shards; `full`: also their hashes, before the first step, shared out over the ranks."""
     allow_unaudited: bool = False
@@ -164,6 +168,7 @@ class AnnealConfig(Settings):
     """The annealing phase: the last `length` of the run, down to `final_lr_ratio` times the stable rate."""
 
     length: Length
+    """A share is one of the run; of a cycle, under `kind: wsd-s`."""
     shape: str = "sqrt"
     final_lr_ratio: float = 0.1
 
@@ -176,21 +181,75 @@ class AnnealConfig(Settings):
         return self
 
 
-class ScheduleConfig(Settings):
-    """Warmup-Stable-Annealing. Without `anneal` the run stays at its stable rate, as a trunk for branches."""
+class ReturnConfig(Settings):
+    """An annealing in the run's past, of `steps` updates from `start` on, which was left at step `end` for the stable
+    rate, over `rewarm_steps` updates: written by launch/anneal.py."""
 
+    start: int
+    steps: PositiveInt
+    shape: str
+    final_lr_ratio: float
+    end: int
+    rewarm_steps: int = Field(0, ge=0)
+    from_zero: bool = False
+    """The rate climbed from 0; else from where the annealing had brought it."""
+    mix: dict[str, float] | None = None
+    """What the annealing read; null: the weights of the stable phase."""
+
+
+class ScheduleConfig(Settings):
+    """Warm-up, then what `kind` says. A run that only stays at its stable rate is a trunk for branches."""
+
+    kind: Literal["wsa", "constant", "cosine", "linear", "wsd-s"] = "wsa"
+    """`wsa`: stable, and at the end the annealing if there is one; `constant`: stable only; `cosine`, `linear`: down to
+    `final_lr_ratio` from the warm-up on; `wsd-s`: `cycles` times stable and annealed, each going on from the annealed
+    weights of the last."""
     total: Length
     warmup: Length = Length(share=0.02)
     anneal: AnnealConfig | None = None
+    """Of `wsa` and `wsd-s`."""
     embeddings_only: Length | None = None
     """Begin by training the embeddings (and an untied output layer) alone; everything else stays as it is for so long.
     For a vocabulary that was enlarged."""
+    final_lr_ratio: float | None = None
+    """Of `cosine` and `linear`: the last rate as a share of the peak; 0.1 if not given."""
+    cycles: PositiveInt | None = None
+    """Of `wsd-s`: how many, of equal lengths."""
+    returns: list[ReturnConfig] = Field([])
+    """Annealings that the weights have behind them, oldest first: written by launch/anneal.py."""
 
     @model_validator(mode="after")
-    def _total_is_absolute(self) -> Self:
+    def _blocks_fit_the_kind(self) -> Self:
         if self.total.share is not None:
             raise ValueError("total.share has nothing to be a share of; give total.steps or total.tokens")
+        users = {"anneal": ("wsa", "wsd-s"), "final_lr_ratio": ("cosine", "linear"), "cycles": ("wsd-s",)}
+        for field, kinds in users.items():
+            if getattr(self, field) is not None and self.kind not in kinds:
+                raise ValueError(f"{field} means nothing under kind={self.kind!r}, only under {' and '.join(kinds)}; "
+                                 f"take it out, or choose such a kind")
+        if self.kind == "wsd-s" and (self.anneal is None or self.cycles is None):
+            raise ValueError("kind='wsd-s' needs both cycles, their number, and anneal, which ends each of them")
+        if self.returns and self.kind != "wsa":
+            raise ValueError(f"returns are of kind='wsa', not {self.kind!r}; let launch/anneal.py write them")
+        if self.final_lr_ratio is not None:
+            try:
+                check_shape(self.kind, self.final_lr_ratio)
+            except ConfigError as e:
+                raise ValueError(str(e)) from None
         return self
+
+    def text(self) -> str:
+        """What follows the warm-up, in words; lengths in steps, as a resolved config has them."""
+        a = self.anneal
+        annealing = f"{a.shape} over {a.length.steps:,} steps to {a.final_lr_ratio:g} of the rate" if a else ""
+        if self.kind in ("cosine", "linear"):
+            return f"{self.kind} to {0.1 if self.final_lr_ratio is None else self.final_lr_ratio:g} of the peak"
+        if self.kind == "wsd-s":
+            return f"{self.cycles} cycles (WSD-S) of stable and {annealing}"
+        if a or not self.returns:
+            return annealing or "stable"
+        back = self.returns[-1]
+        return f"from step {back.end:,} back to the stable rate over {back.rewarm_steps:,} steps"
 
 
 class CheckpointConfig(Settings):
@@ -285,21 +344,54 @@ class RunConfig(Settings):
         """The run's schedule in steps. Raises ConfigError listing every phase that does not fit."""
         s = self.schedule
         total = s.total.in_steps(tokens_per_step=tokens_per_step)
+        n_cycles = s.cycles or 1
+        ends = [round(total * k / n_cycles) for k in range(1, n_cycles + 1)]
         warmup = s.warmup.in_steps(tokens_per_step=tokens_per_step, total_steps=total)
-        anneal = s.anneal.length.in_steps(tokens_per_step=tokens_per_step, total_steps=total) if s.anneal else 0
-        problems = []
-        if total < 1:
-            problems.append(f"schedule.total={s.total.model_dump(exclude_none=True)} is {total} steps of "
-                            f"{tokens_per_step:,} tokens; give at least one step")
-        if warmup + anneal > total:
-            problems.append(f"schedule.warmup ({warmup} steps) and schedule.anneal ({anneal} steps) do not fit into "
-                            f"schedule.total ({total} steps); shorten them or lengthen the run")
-        if s.anneal and anneal < 1:
-            problems.append(f"schedule.anneal.length={s.anneal.length.model_dump(exclude_none=True)} is less than one "
-                            f"step of {tokens_per_step:,} tokens; lengthen it, or set schedule.anneal=null")
+        annealing = s.anneal.length.in_steps(
+            tokens_per_step=tokens_per_step, total_steps=total // n_cycles) if s.anneal else 0
+        problems = _misfits(s, total, warmup, annealing, ends, tokens_per_step)
+        if s.kind in ("cosine", "linear") and self.data.mix.anneal is not None:
+            problems.append(f"data.mix.anneal is never read under kind={s.kind!r}, which has no annealing phase; take "
+                            f"it out, or choose kind=wsa or wsd-s")
         raise_all(problems, of="schedule")
-        trunk = Schedule(self.optimizer.peak_lr, warmup, total)
-        return trunk.branch(total - anneal, anneal, s.anneal.shape, s.anneal.final_lr_ratio) if s.anneal else trunk
+        peak = self.optimizer.peak_lr
+        if s.kind in ("cosine", "linear"):
+            return decay(peak, warmup, total, s.kind, 0.1 if s.final_lr_ratio is None else s.final_lr_ratio)
+        if s.kind == "wsd-s" and s.anneal:
+            return cycles(peak, warmup, ends, annealing, s.anneal.shape, s.anneal.final_lr_ratio)
+        past = tuple(Return(Anneal(r.start, r.steps, r.shape, r.final_lr_ratio), r.end, r.rewarm_steps, r.from_zero)
+                     for r in s.returns)
+        trunk = Schedule(peak, warmup, total, returns=past)
+        if not s.anneal:
+            return trunk
+        return trunk.branch(total - annealing, annealing, s.anneal.shape, s.anneal.final_lr_ratio)
+
+
+def _misfits(s: ScheduleConfig, total: int, warmup: int, annealing: int, ends: list[int], tokens_per_step: int
+             ) -> list[str]:
+    """What is wrong with the lengths of a schedule, all of them in steps; `ends` are those of its cycles."""
+    problems = []
+    if total < 1:
+        problems.append(f"schedule.total={s.total.model_dump(exclude_none=True)} is {total} steps of "
+                        f"{tokens_per_step:,} tokens; give at least one step")
+    if warmup + annealing > total:
+        problems.append(f"schedule.warmup ({warmup} steps) and schedule.anneal ({annealing} steps) do not fit into "
+                        f"schedule.total ({total} steps); shorten them or lengthen the run")
+    elif len(ends) > 1 and (warmup + annealing > ends[0] or any(annealing > b - a for a, b in pairwise(ends))):
+        problems.append(f"schedule.cycles={len(ends)} of schedule.total ({total} steps) are {total // len(ends)} steps "
+                        f"each, too few for schedule.warmup ({warmup} steps) in the first and schedule.anneal "
+                        f"({annealing} steps) in every one; shorten these, or lengthen the run")
+    elif s.kind in ("cosine", "linear") and warmup >= total:
+        problems.append(f"schedule.warmup ({warmup} steps) leaves nothing of schedule.total ({total} steps) for "
+                        f"kind={s.kind!r}; shorten it")
+    if s.anneal and annealing < 1:
+        problems.append(f"schedule.anneal.length={s.anneal.length.model_dump(exclude_none=True)} is less than one "
+                        f"step of {tokens_per_step:,} tokens; lengthen it, or set schedule.anneal=null")
+    busy = max((r.end + r.rewarm_steps for r in s.returns), default=0)
+    if busy > total - annealing:
+        problems.append(f"schedule.returns reach to step {busy}, and the run is to be at its stable rate by step "
+                        f"{total - annealing}; lengthen schedule.total")
+    return problems
 
 
 def check_batch(batch: BatchConfig, world_size: int) -> list[str]:

@@ -6,7 +6,8 @@ reads: run folders (`config.yaml`, `metrics.jsonl`), packed corpora. writes: PNG
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,24 @@ from cprec.format import PackedCorpus, list_corpora
 from cprec.train.metrics import read_metrics
 
 PathLike = str | os.PathLike[str]
+Points = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class FamilyLine:
+    """A run in the picture of its family: from `first_step` to `step` of `last_step`; `parent` is its parent's name.
+
+    The points are (step, value): learning rate and training loss as logged, validation loss.
+    """
+
+    name: str
+    parent: str | None
+    first_step: int
+    step: int
+    last_step: int
+    lr: Points
+    loss: Points
+    validation: Points
 
 
 def plot_validation(runs: Mapping[str, PathLike], out: Path) -> None:
@@ -66,6 +85,41 @@ def plot_learning_rates(runs: Mapping[str, PathLike], out: Path) -> None:
     ax.set_ylim(bottom=0)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
+    _save(fig, out)
+
+
+def plot_family(lines: Sequence[FamilyLine], out: Path) -> None:
+    """The tree of runs, their learning rates and their losses over the steps, one under another; branches leave the
+    trunk at their fork. What a run has still to do is dotted."""
+    height = 0.6 + 0.26 * len(lines)
+    fig, (tree, rates, losses) = plt.subplots(
+        3, 1, figsize=(9, height + 6), sharex=True, height_ratios=[height, 2.2, 3.4])
+    row = {line.name: -i for i, line in enumerate(lines)}
+    colors = plt.get_cmap("tab10").colors if len(lines) <= 10 else plt.get_cmap("turbo")(np.linspace(0, 1, len(lines)))
+    for line, color in zip(lines, colors, strict=False):
+        y = row[line.name]
+        if line.parent in row:
+            tree.plot([line.first_step] * 2, [row[line.parent], y], color=color, lw=1)
+        tree.plot([line.first_step, line.step], [y, y], color=color, lw=3, solid_capstyle="butt")
+        tree.plot([line.step, line.last_step], [y, y], color=color, lw=1, ls=":")
+        tree.annotate(line.name, (max(line.step, line.last_step), y), (4, 0), textcoords="offset points", fontsize=8,
+                      va="center")
+        for ax, points, style in ((rates, line.lr, {}), (losses, line.loss, {"lw": 0.8, "alpha": 0.5}),
+                                  (losses, line.validation, {"marker": "o", "ms": 3, "lw": 1.5, "label": line.name})):
+            if points:
+                ax.plot(*zip(*points, strict=True), color=color, **style)
+    tree.set_yticks([])
+    tree.margins(x=0.2, y=0.5 / max(len(lines), 1))
+    tree.set_title("runs: solid as far as they are, dotted what is left", fontsize=9)
+    rates.set_ylabel("learning rate")
+    rates.set_ylim(bottom=0)
+    losses.set_ylabel("nats per token")
+    losses.set_xlabel("step")
+    losses.set_title("loss: thin in training, with dots on the validation corpora", fontsize=9)
+    for ax in (tree, rates, losses):
+        ax.grid(alpha=0.3)
+    if losses.get_legend_handles_labels()[0]:
+        losses.legend(frameon=False, fontsize=8)
     _save(fig, out)
 
 

@@ -54,6 +54,9 @@ class Sampler:
     sizes: tuple[int, ...]
     phases: tuple[Phase, ...]
     seed: int
+    reseeds: tuple[tuple[int, int], ...] = ()
+    """(position, seed), in order: from there on the rows that an epoch has left, and those of later epochs, come in
+    another order. So no epoch has a row twice, whatever the seed."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", int(self.seed))  # numpy's 3 and Python's are one seed, but differ as text
@@ -69,13 +72,25 @@ class Sampler:
             if here.any():
                 corpus[here], drawn = _draw(phase.quotas, positions[here] - phase.start_row)
                 count[here] = drawn + self._drawn_before[k][corpus[here]]
-        size = np.asarray(self.sizes, dtype=np.int64)[corpus]
-        epoch, place = count // size, count % size
+        epoch = count // np.asarray(self.sizes, dtype=np.int64)[corpus]
         row = np.empty(n, dtype=np.int64)
         for c, e in {(int(c), int(e)) for c, e in zip(corpus, epoch, strict=True)}:
             here = (corpus == c) & (epoch == e)
-            row[here] = permute(place[here], self.sizes[c], key=(self.seed, self.names[c], e))
+            row[here] = self._rows_of(c, e, count[here] - e * self.sizes[c], len(self.reseeds))
         return Position(corpus, row, epoch)
+
+    def _rows_of(self, corpus: int, epoch: int, place: Ints, n_reseeds: int) -> Ints:
+        """Rows at places of an epoch of a corpus, as the first `n_reseeds` reseeds order them."""
+        size, name = self.sizes[corpus], self.names[corpus]
+        if n_reseeds == 0:
+            return permute(place, size, key=(self.seed, name, epoch))
+        position, seed = self.reseeds[n_reseeds - 1]
+        read = min(max(int(self.drawn(position)[corpus]) - epoch * size, 0), size)  # rows of the epoch before it
+        moved = place.copy()
+        after = place >= read
+        if after.any():
+            moved[after] = read + permute(place[after] - read, size - read, key=(seed, name, epoch))
+        return self._rows_of(corpus, epoch, moved, n_reseeds - 1)
 
     def drawn(self, end: int) -> Ints:
         """Rows of each corpus drawn before global position `end`: (n_corpora,)."""
@@ -92,6 +107,10 @@ class Sampler:
             if k + 1 == len(self.phases) or at < self.phases[k + 1].start_row:
                 return at
         return None
+
+    def order_until(self, end: int) -> tuple[object, ...]:
+        """All that decides the rows at the positions before `end`: equal for two samplers with the same rows there."""
+        return self.seed, [r for r in self.reseeds if r[0] < end], self.phases_until(end)
 
     def phases_until(self, end: int) -> list[tuple[int, dict[str, int]]]:
         """What decides the corpora at the positions before `end`: each phase's start and positive quotas by name.

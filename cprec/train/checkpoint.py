@@ -26,6 +26,8 @@ from cprec.settings import Settings, parse_settings
 
 log = get_logger(__name__)
 CONFIG, STATE = "config.yaml", "state.json"
+EXPORTED = "cprec_export.json"
+"""What an export has, to say of which run and step it is."""
 
 
 class Saves(Protocol):

@@ -23,14 +23,13 @@ from cprec.errors import CheckpointError
 from cprec.log import get_logger
 from cprec.model import load_config, load_transformers_tokenizer
 from cprec.template import Template
-from cprec.train.checkpoint import Checkpoint, read_run_config, verify_checkpoint
+from cprec.train.checkpoint import EXPORTED, Checkpoint, read_run_config, verify_checkpoint
 from cprec.train.lora import adapter_tensors, merged, write_adapter_config
 from cprec.train.metrics import read_metrics
 from cprec.train.partitions import SavedWeights
 
 log = get_logger(__name__)
 SHARD_BYTES = 4 << 30
-EXPORTED = "cprec_export.json"
 
 
 def export(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype, adapter_only: bool = False) -> None:
@@ -91,10 +90,9 @@ def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
     s = checkpoint.state
     data = read_data_record(checkpoint.run_dir)
     lineage = f"branch of {config.parent.run_dir} at step {config.parent.step:,}" if config.parent else "trunk"
-    anneal, lora = config.schedule.anneal, config.model.lora
-    schedule = f"peak {config.optimizer.peak_lr:g}, warm-up {config.schedule.warmup.steps} steps, " + (
-        f"annealing {anneal.shape} over {anneal.length.steps} steps to {anneal.final_lr_ratio:g} of it"
-        if anneal else "stable")
+    lora = config.model.lora
+    schedule = (f"peak {config.optimizer.peak_lr:g}, warm-up {config.schedule.warmup.steps} steps, "
+                f"{config.schedule.text()}")
     validation = [r for r in read_metrics(checkpoint.run_dir) if r["kind"] == "valid" and r["step"] <= s.step]
     last = validation[-1]["loss_by_corpus"] if validation else {}
     losses = [f"| {name} | {loss:.4f} |" for name, loss in last.items()]
@@ -105,7 +103,7 @@ def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
         f"Continual pre-training of `{config.model.path}` on behaviour sequences of {len(data.corpora)} corpora with "
         f"CPRec (after arXiv:2504.08949).", "",
         f"- step {s.step:,}, {s.tokens_seen:,} tokens seen, {s.phase} phase next, {lineage}",
-        f"- Warmup-Stable-Annealing: {schedule}",
+        f"- learning rate: {schedule}",
         *([f"- LoRA adapters: r={lora.r}, alpha={lora.alpha:g}, on {lora.target_modules}"] if lora else []),
         f"- prompt template {data.template.name!r}: {_shape(data.template)}" if data.template else "- plain text only",
         f"- leak audit of the training data: {'passed' if data.is_audited else 'not passed'}",

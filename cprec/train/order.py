@@ -5,7 +5,8 @@ reads: nothing. No manifest, no model and no world size is needed, so that any t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from cprec.config import MixConfig, RunConfig
 from cprec.data.corpora import DataRecord
@@ -37,7 +38,9 @@ def build_order(config: RunConfig, data: DataRecord) -> Order:
     mix = _resolve_mix(config.data.mix, {name: c.n_tokens for name, c in data.corpora.items()})
     rows = {name: c.n_rows for name, c in data.corpora.items()}
     caps = resolve_caps(config.data.max_epochs, rows, field="data.max_epochs")
-    wanted = Sampler(tuple(rows), tuple(rows.values()), _phases(batch, schedule, mix), config.data.seed)
+    past = _past_mixes(config, schedule, mix, {name: c.n_tokens for name, c in data.corpora.items()})
+    reseeds = tuple((step * batch, seed) for step, seed in sorted(config.data.reseed.items()))
+    wanted = Sampler(tuple(rows), tuple(rows.values()), _phases(batch, schedule, mix, past), config.data.seed, reseeds)
     end = schedule.total_steps * batch
     if config.data.when_dry == "error":
         raise_all(_dry_corpora(wanted, caps, config=config, end=end), of="run config")
@@ -47,7 +50,7 @@ def build_order(config: RunConfig, data: DataRecord) -> Order:
         raise ConfigError(f"data.max_epochs: in step {phases[-1].start_row // batch + 1:,} of {schedule.total_steps:,} "
                           f"every corpus with a weight has run dry; raise data.max_epochs, shorten the run, or give "
                           f"another corpus a weight in data.mix")
-    return Order(schedule, mix, tuple(caps), Sampler(wanted.names, wanted.sizes, phases, wanted.seed))
+    return Order(schedule, mix, tuple(caps), replace(wanted, phases=phases))
 
 
 def _dry_corpora(sampler: Sampler, caps: list[int | None], *, config: RunConfig, end: int) -> list[str]:
@@ -73,11 +76,24 @@ def _resolve_mix(mix: MixConfig, tokens: dict[str, int]) -> MixConfig:
     return MixConfig(warmup=warmup, stable=stable, anneal=anneal)
 
 
-def _phases(batch: int, schedule: Schedule, mix: MixConfig) -> tuple[Phase, ...]:
+def _past_mixes(config: RunConfig, schedule: Schedule, mix: MixConfig, tokens: dict[str, int]
+                ) -> list[dict[str, float] | None]:
+    """What each of the schedule's annealings that it returned from reads; None: as in the stable phase."""
+    if not config.schedule.returns:  # cycles of the run's own
+        return [mix.anneal] * len(schedule.returns)
+    return [None if r.mix is None else resolve_mix(r.mix, tokens, field="schedule.returns.mix")
+            for r in config.schedule.returns]
+
+
+def _phases(batch: int, schedule: Schedule, mix: MixConfig, past: Sequence[dict[str, float] | None]
+            ) -> tuple[Phase, ...]:
     """Phases of the sampler, in rows; a phase begins only where the weights change, so that the order of rows does not
     depend on how a constant mixture is cut into phases."""
     starts = [(0, mix.warmup), (schedule.warmup_steps, mix.stable)]
-    if schedule.anneal and mix.anneal is not None:
+    for back, weights in zip(schedule.returns, past, strict=True):
+        if weights is not None:
+            starts += [(back.anneal.start, weights), (back.end, mix.stable)]
+    if schedule.anneal and schedule.anneal.phase == "anneal" and mix.anneal is not None:
         starts.append((schedule.anneal.start, mix.anneal))
     phases: list[Phase] = []
     for step, weights in starts:

@@ -137,7 +137,7 @@ class Plan:
     def _mixes(self) -> dict[str, dict[str, float]]:
         """The mixtures that the run reads, by phase; of a branch not those of its trunk."""
         mix, schedule = self.order.mix, self.schedule
-        annealing = mix.anneal if schedule.anneal else None
+        annealing = mix.anneal if schedule.anneal and schedule.anneal.phase == "anneal" else None
         found = {"warmup": None if mix.warmup == mix.stable or schedule.warmup_steps == 0 else mix.warmup,
                  "stable": mix.stable, "anneal": annealing}
         if self.config.parent:
@@ -218,7 +218,7 @@ def _explicit(config: RunConfig, order: Order, seq_len: int) -> RunConfig:
     values["data"]["mix"] = order.mix.model_dump()
     values["schedule"]["total"] = {"steps": schedule.total_steps}
     values["schedule"]["warmup"] = {"steps": schedule.warmup_steps}
-    if schedule.anneal:
+    if config.schedule.anneal and schedule.anneal:
         values["schedule"]["anneal"]["length"] = {"steps": schedule.anneal.steps}
     if phase := config.schedule.embeddings_only:
         tokens_per_step = config.batch.global_batch_size * seq_len

@@ -76,7 +76,7 @@ def _check_same_rows(run_dir: Path, plan: Plan, *, step: int) -> None:
     theirs = read_run_config(run_dir)
     end = step * theirs.batch.global_batch_size
     before = build_order(theirs, read_data_record(run_dir)).sampler
-    if (theirs.data.seed, before.phases_until(end)) != (plan.config.data.seed, plan.sampler.phases_until(end)):
+    if before.order_until(end) != plan.sampler.order_until(end):
         raise ConfigError(f"data.max_epochs, data.when_dry, data.mix or data.seed of this run give other rows for "
                           f"steps 1 to {step:,} than those that {run_dir} has read; let them be as they were up to "
                           f"there ({run_dir / CONFIG})")
@@ -84,18 +84,19 @@ def _check_same_rows(run_dir: Path, plan: Plan, *, step: int) -> None:
 
 def _differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """Dotted fields in which two resolved configs train differently. A trunk without annealing may grow longer."""
-    a, b = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
-    grows = old.schedule.anneal is None and new.schedule.anneal is None
+    a, b = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    grows = all(c.schedule.kind in ("wsa", "constant") and c.schedule.anneal is None for c in (old, new))
     free = (*FREE_TO_CHANGE, "schedule.total") if grows else FREE_TO_CHANGE
     return [(k, a.get(k), b.get(k)) for k in sorted({*a, *b})
             if a.get(k) != b.get(k) and not any(k == f or k.startswith(f + ".") for f in free)]
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values by dotted key; an empty block is a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat

@@ -18,7 +18,7 @@ from cprec.data.dataset import PackedDataset, open_corpora
 from cprec.errors import CheckpointError, ConfigError, DataError
 from cprec.format import Manifest, read_manifest, write_atomically, write_manifest
 from cprec.settings import dump_settings
-from cprec.train.branch import branch_config
+from cprec.train.branch import Annealing, annealing_config
 from cprec.train.checkpoint import Checkpoint, State, checkpoint_name
 from cprec.train.loop import _check_one_view, _open_valid
 from cprec.train.plan import Plan, build_plan
@@ -62,8 +62,7 @@ def save(run_dir: Path, plan: Plan, step: int, *, world_size: int = 2) -> Checkp
 
 def branch_of(parent: Checkpoint, *, steps: int = 4, **wanted: Any) -> dict[str, Any]:
     mix, data = wanted.get("mix"), wanted.get("data", [])
-    config = branch_config(parent, length=Length(steps=steps), shape="sqrt", final_lr_ratio=0.1,
-                           run_dir=f"{parent.run_dir}-b", mix=mix, data=data)
+    config = annealing_config(parent, Annealing(Length(steps=steps), f"{parent.run_dir}-b", mix=mix, packed=data))
     return config.model_dump()
 
 
@@ -189,7 +188,7 @@ def test_a_branch_without_a_mixture_of_its_own_reads_the_trunks_next_rows(
 
 def test_added_data_without_a_weight_and_a_weight_without_data_are_told(world: dict[str, Any], tmp_path: Path) -> None:
     parent = save(tmp_path / "run", plan_of(world), 8)
-    with pytest.raises(ConfigError, match=r"--data .*more: no --mix gives one of its corpora a weight.*specific/games"):
+    with pytest.raises(ConfigError, match=r"--packed .*more: no --mix gives one of its corpora a weight.*games"):
         branch_of(parent, data=[more(world)])
     with pytest.raises(ConfigError, match=r"--mix specific/games: the run has no such corpus"):
         branch_of(parent, mix={"specific/games": 1})

@@ -28,8 +28,9 @@ FLOORS = [
     "cprec.train.engine cprec.train.checkpoint cprec.plots cprec.eval.run cprec.eval.report "
     "data_prep.parsers.registry data_prep.staging data_prep.proof",
     "cprec.train.run_folder cprec.train.validate cprec.train.watch",
-    "cprec.train.loop cprec.train.steps cprec.train.branch cprec.train.export data_prep.ingest data_prep.audit",
-    "data_prep.pipeline data_prep.look",
+    "cprec.train.loop cprec.train.steps cprec.train.branch cprec.train.family cprec.train.export cprec.train.average "
+    "data_prep.ingest data_prep.audit",
+    "cprec.train.sweep cprec.compare data_prep.pipeline data_prep.look",
     "data_prep.estimate",
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}

@@ -1,0 +1,209 @@
+"""A family of runs side by side: its tree, what differs, losses per domain, ranking with paired intervals, one picture.
+
+reads: run folders and, where there are any, evaluations in `run/eval/`. writes: `compare.md`, `compare.html` (all
+in one file) and `compare.png`. Costs: the bootstraps of the ranking report, a second or so per evaluation. Works on
+runs that have not finished or not begun, and says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import markdown
+
+from cprec.errors import DataError
+from cprec.eval.report import make_report, to_markdown
+from cprec.eval.results import INPUTS, EvalManifest, read_evaluation
+from cprec.format import MANIFEST, write_atomically
+from cprec.plots import FamilyLine, plot_family
+from cprec.train.family import Member, find_family, is_control_of
+from cprec.train.run_folder import flatten
+
+PICTURE = "compare.png"
+OF_ITSELF = ("run_dir", "parent", "schedule.returns", "schedule.total")
+"""Settings that always differ between members of a family; the tree tells them."""
+STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; display: block; overflow-x: auto } th, td { padding: .2em .7em; text-align: left }
+th { border-bottom: 2px solid #999 } td { border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
+pre { background: #f5f5f5; padding: 1em; overflow-x: auto } img { max-width: 100% }"""
+
+
+def compare(folders: Sequence[Path], out: Path) -> str:
+    """Write the comparison of the runs in `folders` and of their families into `out`; its Markdown.
+
+    Raises CheckpointError for a folder that is no run.
+    """
+    members = find_family(folders)
+    out.mkdir(parents=True, exist_ok=True)
+    plot_family([_line(m, members) for m in members], out / PICTURE)
+    text = to_text(members)
+    write_atomically(out / "compare.md", text)
+    write_atomically(out / "compare.html", _html(text, out / PICTURE))
+    return text
+
+
+def to_text(members: Sequence[Member]) -> str:
+    """The comparison as Markdown."""
+    title = f"# {members[0].name} and its family" if len(members) > 1 else f"# {members[0].name}"
+    notes = [f"- {m.name}: {note}" for m in members for note in m.notes]
+    return "\n".join([title, "", "```", *tree_lines(members), "```", "", *notes, *([""] if notes else []),
+                      f"![the tree of runs, learning rates, losses]({PICTURE})", "", *_settings(members),
+                      *_losses(members), *_ranking(members)]) + "\n"
+
+
+def tree_lines(members: Sequence[Member]) -> list[str]:
+    """The tree of the runs, a line each: name, fork, what it does, how far it has come."""
+    by_folder = {m.folder: m for m in members}
+    children: dict[Path | None, list[Member]] = {}
+    for m in members:
+        children.setdefault(m.parent if m.parent in by_folder else None, []).append(m)
+
+    def lines(m: Member, before: str, own: str) -> Iterator[tuple[str, str]]:
+        fork = f"at step {m.first_step:,}: " if m.config.parent else ""
+        yield own + m.name, f"{fork}{m.what}; {m.state}"
+        below = children.get(m.folder, [])
+        for i, child in enumerate(below):
+            last = i == len(below) - 1
+            yield from lines(child, before + ("   " if last else "│  "), before + ("└─ " if last else "├─ "))
+
+    rows = [row for root in children.get(None, []) for row in lines(root, "", "")]
+    width = max(len(name) for name, _ in rows)
+    return [f"{name.ljust(width)}  {rest}" for name, rest in rows]
+
+
+def _line(m: Member, members: Sequence[Member]) -> FamilyLine:
+    """The run as it is drawn; a branch's curves begin with its parent's last points, so that they leave it."""
+    parent = next((p for p in members if p.folder == m.parent), None)
+    before = [r for r in parent.records if r["step"] <= m.first_step] if parent else []
+    of_kind = {kind: [*[r for r in before if r["kind"] == kind][-1:], *(r for r in m.records if r["kind"] == kind)]
+               for kind in ("train", "valid")}
+    return FamilyLine(
+        m.name, parent.name if parent else None, m.first_step, m.step, m.schedule.total_steps,
+        [(r["step"], r["lr"]) for r in of_kind["train"]], [(r["step"], r["loss"]) for r in of_kind["train"]],
+        [(r["step"], r["loss"]) for r in of_kind["valid"]])
+
+
+def _settings(members: Sequence[Member]) -> list[str]:
+    flat = [flatten(m.config.model_dump(mode="json")) for m in members]
+    keys = sorted({k for f in flat for k in f if not any(k == o or k.startswith(f"{o}.") for o in OF_ITSELF)})
+    differing = [k for k in keys if len({repr(f.get(k)) for f in flat}) > 1]
+    if not differing:
+        return []
+    rows = [[f"`{k}`", *(_value(f.get(k)) for f in flat)] for k in differing]
+    return ["## Settings that differ", "", *_table(["setting", *(m.name for m in members)], rows), ""]
+
+
+def _losses(members: Sequence[Member]) -> list[str]:
+    """Last validation losses; the change of each branch since its fork and against its control."""
+    last = {m.name: r for m in members if (r := m.validation_at())}
+    lines = ["## Validation loss", "", "Nats per predicted token, per validation corpus."]
+    without = [m.name for m in members if m.name not in last]
+    if without:
+        lines[-1] += f" Nothing measured yet: {', '.join(without)}."
+    if not last:
+        return [*lines, ""]
+    corpora = sorted({c for r in last.values() for c in r["loss_by_corpus"]})
+    header = ["run", "step", "all", *(c.removeprefix("valid/") for c in corpora)]
+    lines += ["", *_table(header, [[name, f"{r['step']:,}", *_numbers(r, corpora, "{:.4f}")] for name, r in
+                                   last.items()]), ""]
+    since = [(m, p, last[m.name], r) for m in members for p in members if p.folder == m.parent and m.name in last
+             and (r := p.validation_at(m.first_step))]
+    against = [(m, c, last[m.name], last[c.name]) for m in members for c in members
+               if is_control_of(c, m) and m.name in last and c.name in last and
+               last[m.name]["step"] == last[c.name]["step"]]
+    for title, pairs in (("since its fork", since), ("against its control, the same annealing on the trunk's mixture",
+                                                     against)):
+        if pairs:
+            rows = [[m.name, f"{of.name} at {b['step']:,}", *_numbers(_minus(a, b), corpora, "{:+.4f}")]
+                    for m, of, a, b in pairs]
+            lines += [f"Change {title} (negative: better):", "", *_table(["run", "to", *header[2:]], rows), ""]
+    return [*lines, "The same rows for all, but a run logs their sums only: no interval can be given here. Ranking has "
+                    "intervals, over users.", ""]
+
+
+def _ranking(members: Sequence[Member]) -> list[str]:
+    """Reports over the members' evaluations, one for all that answer the same queries."""
+    groups: dict[str, dict[str, Path]] = {}
+    lines = ["## Ranking", ""]
+    for m in members:
+        for folder, manifest in _evaluations(m):
+            if isinstance(manifest, str):
+                lines += [f"- {m.name}: {manifest}", ""]
+                continue
+            i = manifest.inputs
+            group = groups.setdefault(f"{i.queries_hash} {i.domains} {i.limit}", {})
+            group[m.name if m.name not in group else f"{m.name}/{folder.name}"] = folder
+    if not groups:
+        return [*lines, "No run has a finished evaluation in `eval/`; make one with `launch/export.py` and "
+                        "`launch/rank.py --out RUN/eval`.", ""]
+    for group in groups.values():
+        lines += _report(members, group)
+    return lines
+
+
+def _report(members: Sequence[Member], group: dict[str, Path]) -> list[str]:
+    """The ranking report over evaluations by name; differences to the first that has no control among them, and those
+    of each other branch to its control."""
+    pairs = [(c.name, m.name) for m in members for c in members
+             if is_control_of(c, m) and m.name in group and c.name in group]
+    first = next(name for name in group if name not in {branch for _, branch in pairs})
+    text = _below(to_markdown(make_report(group, reference=first if len(group) > 1 else None)))
+    lines = [text.removeprefix("# Ranking\n\n")]
+    for control, branch in pairs:
+        if control != first:
+            two = make_report({n: group[n] for n in (control, branch)}, reference=control)
+            _, title, differences = _below(to_markdown(two)).partition("### Difference")
+            lines += [title + differences]
+    return lines
+
+
+def _below(text: str) -> str:
+    """A report's sections as sections of ours."""
+    return text.replace("\n## ", "\n### ")
+
+
+def _evaluations(m: Member) -> Iterator[tuple[Path, EvalManifest | str]]:
+    """Evaluations in the run's folder: `eval/`, or folders in it; in place of an unfinished one what is the matter."""
+    for folder in [m.folder / "eval", *sorted((m.folder / "eval").glob("*/"))]:
+        if (folder / INPUTS).is_file() or (folder / MANIFEST).is_file():
+            try:
+                yield folder, read_evaluation(folder)
+            except DataError as e:
+                yield folder, str(e)
+
+
+def _minus(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    both = {*a["loss_by_corpus"]} & {*b["loss_by_corpus"]}
+    return {"loss": a["loss"] - b["loss"],
+            "loss_by_corpus": {c: a["loss_by_corpus"][c] - b["loss_by_corpus"][c] for c in both}}
+
+
+def _numbers(record: dict[str, Any], corpora: Sequence[str], form: str) -> list[str]:
+    by_corpus = record["loss_by_corpus"]
+    return [form.format(record["loss"]), *(form.format(by_corpus[c]) if c in by_corpus else "-" for c in corpora)]
+
+
+def _value(value: Any) -> str:
+    return "-" if value is None else f"`{value}`"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def _html(text: str, picture: Path) -> str:
+    """The Markdown as one HTML file, with the picture in it."""
+    data = base64.b64encode(picture.read_bytes()).decode()
+    reader = markdown.Markdown(extensions=["tables", "fenced_code"])
+    reader.preprocessors.deregister("html_block")  # names are text, whatever they hold
+    reader.inlinePatterns.deregister("html")
+    body = reader.convert(text)
+    body = body.replace(f'src="{PICTURE}"', f'src="data:image/png;base64,{data}"')
+    title = text.partition("\n")[0].removeprefix("# ")
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+            f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n")
