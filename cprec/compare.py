@@ -7,16 +7,13 @@ runs that have not finished or not begun, and says so.
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import markdown
-
 from cprec.errors import DataError
-from cprec.eval.report import make_report, to_markdown
+from cprec.eval.comparison import make_report
+from cprec.eval.report import to_html, to_markdown
 from cprec.eval.results import INPUTS, EvalManifest, read_evaluation
 from cprec.format import MANIFEST, write_atomically
 from cprec.plots import FamilyLine, plot_family
@@ -26,10 +23,6 @@ from cprec.train.run_folder import flatten
 PICTURE = "compare.png"
 OF_ITSELF = ("run_dir", "parent", "schedule.returns", "schedule.total")
 """Settings that always differ between members of a family; the tree tells them."""
-STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse; display: block; overflow-x: auto } th, td { padding: .2em .7em; text-align: left }
-th { border-bottom: 2px solid #999 } td { border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
-pre { background: #f5f5f5; padding: 1em; overflow-x: auto } img { max-width: 100% }"""
 
 
 def compare(folders: Sequence[Path], out: Path) -> str:
@@ -42,7 +35,7 @@ def compare(folders: Sequence[Path], out: Path) -> str:
     plot_family([_line(m, members) for m in members], out / PICTURE)
     text = to_text(members)
     write_atomically(out / "compare.md", text)
-    write_atomically(out / "compare.html", _html(text, out / PICTURE))
+    write_atomically(out / "compare.html", to_html(text, [out / PICTURE]))
     return text
 
 
@@ -194,16 +187,3 @@ def _value(value: Any) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def _html(text: str, picture: Path) -> str:
-    """The Markdown as one HTML file, with the picture in it."""
-    data = base64.b64encode(picture.read_bytes()).decode()
-    reader = markdown.Markdown(extensions=["tables", "fenced_code"])
-    reader.preprocessors.deregister("html_block")  # names are text, whatever they hold
-    reader.inlinePatterns.deregister("html")
-    body = reader.convert(text)
-    body = body.replace(f'src="{PICTURE}"', f'src="data:image/png;base64,{data}"')
-    title = text.partition("\n")[0].removeprefix("# ")
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-            f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n")

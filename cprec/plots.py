@@ -141,6 +141,37 @@ def plot_packing(packed: PathLike, out: Path) -> None:
     _save(fig, out)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A number with its interval."""
+
+    label: str
+    mean: float
+    low: float
+    high: float
+
+
+def plot_marks(panels: Mapping[str, Sequence[Mark]], out: Path, *,
+               lines: Mapping[str, float] | None = None) -> None:
+    """One panel per title, a number with its interval a line; `lines`: a value to hold a panel's numbers against."""
+    n_columns = min(2, len(panels))
+    n_rows, longest = -(-len(panels) // n_columns), max(len(marks) for marks in panels.values())
+    size = (4.6 * n_columns, n_rows * (0.9 + 0.28 * longest))
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False)
+    for ax, (title, marks) in zip(axes.flat, panels.items(), strict=False):
+        mean, low, high = np.array([(m.mean, m.low, m.high) for m in marks]).T
+        ax.errorbar(mean, range(len(marks)), xerr=np.maximum([mean - low, high - mean], 0), fmt="o", capsize=3)
+        ax.set_yticks(range(len(marks)), [m.label for m in marks], fontsize=8)
+        ax.set_ylim(len(marks) - 0.5, -0.5)
+        ax.set_title(title, fontsize=9)
+        ax.grid(alpha=0.3, axis="x")
+        if lines and title in lines:
+            ax.axvline(lines[title], color="gray", linestyle="--", linewidth=1)
+    for ax in axes.flat[len(panels):]:
+        ax.set_axis_off()
+    _save(fig, out)
+
+
 def _save(fig: Any, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     fig.tight_layout()

@@ -111,7 +111,8 @@ def step(label: str, command: list[str]) -> None:
 
 def show(work: Path) -> None:
     """The table over all models and the pictures; prints where they are."""
-    from cprec.eval.report import make_report, to_text, write_report
+    from cprec.eval.comparison import make_report
+    from cprec.eval.report import to_text, write_report
     from cprec.plots import plot_learning_rates, plot_packing, plot_validation
 
     evals = {name: work / "eval" / name for name in ("popularity", "before", "stable", "sqrt", "linear")}

@@ -2,7 +2,8 @@
 
     python   launch/rank.py --model runs/base-sqrt/hf --queries prepared/queries --out runs/base-sqrt/eval
     torchrun --nproc_per_node 8 launch/rank.py --model ... --queries ... --out ...
-    python   launch/rank.py --baseline popularity --queries prepared/queries --out runs/popularity/eval
+    python   launch/rank.py --baseline sasrec --queries prepared/queries --out runs/sasrec/eval
+    python   launch/rank.py --model runs/base/hf --control shuffled-history --queries ... --out runs/base/control
 
 reads: an exported model, a queries folder. writes: `--out` (results per domain, report.md, report.json). The same
 command again goes on where it was stopped, with the same number of processes; finished, it only prints the table.
@@ -17,7 +18,9 @@ from pathlib import Path
 
 from cprec import cli, dist
 from cprec.eval.baselines import BASELINES
-from cprec.eval.report import make_report, short_name, to_text, write_report
+from cprec.eval.comparison import make_report, short_name
+from cprec.eval.controls import CONTROLS
+from cprec.eval.report import to_text, write_report
 from cprec.eval.run import DTYPES, EvalOptions, evaluate
 from cprec.process import only_writer
 
@@ -33,8 +36,11 @@ def parse_arguments() -> EvalOptions:
     parser.add_argument("--domains", help="comma-separated; default: all")
     parser.add_argument("--limit", type=int, help="only the first N queries of each domain")
     parser.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)}; default float32")
+    parser.add_argument("--control", help=f"make the queries worse on purpose: {', '.join(CONTROLS)}")
+    parser.add_argument("--seed", type=int, default=0, help="of a baseline that is trained; default 0")
     a = parser.parse_args()
     return EvalOptions(queries=a.queries, out=a.out, model=a.model, baseline=a.baseline, limit=a.limit, dtype=a.dtype,
+                       control=a.control, seed=a.seed,
                        domains=None if a.domains is None else a.domains.split(","))
 
 

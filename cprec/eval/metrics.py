@@ -3,20 +3,38 @@
 reads: nothing. writes: nothing. A new metric is one function and one line in METRICS; it is then in every table.
 
 Ranks are mid-ranks: 1 + better candidates + half of those that tie with the target, so a rank may end in .5. A metric
-maps the ranks, the numbers of candidates and the negative log-likelihoods of n queries to n values; its mean over
-users is what tables show.
+maps the answers to n queries to n values; its mean over users is what tables show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
-Metric = Callable[[Floats, Floats, Floats], Floats]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is known of n answered queries; entry i of every field is of query i."""
+
+    rank: Floats
+    """Of the target; infinite where an answer names no item of the catalogue, which every metric counts as a miss."""
+    n_candidates: Floats
+    nll: Floats
+    """Nats: minus the log-probability of the target's line; NaN for what gives no probability."""
+    n_bytes: Floats
+    """UTF-8 bytes of that line."""
+    top10_events: Floats
+    """Mean number of training events of the ten best items."""
+
+
+Metric = Callable[[Answers], Floats]
 
 
 @dataclass(frozen=True)
@@ -54,33 +72,57 @@ def best(items: npt.NDArray[np.int64], scores: Floats, k: int) -> tuple[npt.NDAr
     return items[order].astype(np.int32), scores[order]
 
 
+def ndcg_at(k: int, rank: Floats) -> Floats:
+    """NDCG@k with one relevant item: 1 / log2(rank + 1) where the rank is at most k, else 0."""
+    gain: Floats = np.where(rank <= k, 1 / np.log2(rank + 1), 0.0)
+    return gain
+
+
 def hit_rate(k: int) -> Metric:
     """HR@k: 1 where the rank is at most k."""
-    return lambda rank, _n_candidates, _nll: (rank <= k).astype(np.float64)
+    return lambda a: (a.rank <= k).astype(np.float64)
 
 
 def ndcg(k: int) -> Metric:
-    """NDCG@k with one relevant item: 1 / log2(rank + 1) where the rank is at most k, else 0."""
-    return lambda rank, _n_candidates, _nll: np.where(rank <= k, 1 / np.log2(rank + 1), 0.0)
+    """`ndcg_at` of the answers."""
+    return lambda a: ndcg_at(k, a.rank)
 
 
-def mrr(rank: Floats, _n_candidates: Floats, _nll: Floats) -> Floats:
+def mrr(a: Answers) -> Floats:
     """Reciprocal rank, not cut off."""
-    return 1 / rank
+    return 1 / a.rank
 
 
-def nll(_rank: Floats, _n_candidates: Floats, nll: Floats) -> Floats:
-    """Nats per item: minus the log-probability of the target's line; NaN for what gives no probability."""
-    return nll
+def auc(a: Answers) -> Floats:
+    """Share of the other candidates that the target beats, ties counted half: 1 - (rank - 1) / (candidates - 1); one
+    half where there is no other."""
+    others = np.maximum(a.n_candidates - 1, 1)
+    return np.asarray(np.where(a.n_candidates > 1, np.maximum(1 - (a.rank - 1) / others, 0), 0.5), dtype=np.float64)
+
+
+def bits_per_byte(a: Answers) -> Floats:
+    """Bits that a byte of the target's line costs, which tokenizers do not change the unit of."""
+    return a.nll / (math.log(2) * a.n_bytes)
 
 
 METRICS: dict[str, Metric] = {
-    "HR@1": hit_rate(1), "HR@10": hit_rate(10), "HR@50": hit_rate(50), "NDCG@10": ndcg(10), "MRR": mrr, "NLL": nll,
+    "HR@1": hit_rate(1), "HR@10": hit_rate(10), "HR@50": hit_rate(50), "NDCG@10": ndcg(10), "MRR": mrr, "AUC": auc,
+    "NLL": lambda a: a.nll, "bits/byte": bits_per_byte, "ARP@10": lambda a: a.top10_events,
+    "valid": lambda a: np.isfinite(a.rank).astype(np.float64),
 }
+"""By the name that tables show. NLL in nats per item. ARP@10: average recommendation popularity, the training events of
+the ten best items (Yin et al., 2012). valid: share of answers that name an item of the catalogue; 1 for exact ranks."""
 TABLE_METRICS = ("HR@10", "NDCG@10", "MRR", "NLL")
-"""The columns of a report; the others are in its JSON."""
+"""The columns of a report; the others are in its JSON, and in its second table."""
+BEHAVIOUR_METRICS = ("HR@1", "HR@50", "AUC", "bits/byte", "ARP@10", "valid")
+LOWER_IS_BETTER = ("NLL", "bits/byte")
 
 
 def chance_hit_rate(n_candidates: Floats, k: int = 10) -> float:
     """Expected HR@k of a random order: the mean of k / candidates."""
     return float(np.minimum(1.0, k / n_candidates).mean())
+
+
+def coverage(top10: Sequence[Ints], n_items: int) -> float:
+    """Share of a catalogue of `n_items` that is in the ten best of at least one query."""
+    return len(np.unique(np.concatenate(list(top10)))) / n_items if len(top10) else 0.0

@@ -43,10 +43,12 @@ class EvalInputs(_Record):
     limit: int | None
     dtype: str
     top_k: int
+    control: str | None = None
+    """What was done to the queries on purpose, see `cprec.eval.controls`."""
 
     def differs(self, other: EvalInputs) -> list[str]:
         """What the two evaluate differently, as `field: its value / the other's`."""
-        named = ("model_hash", "tokenizer_fingerprint", "queries_hash", "domains", "limit", "dtype", "top_k")
+        named = ("model_hash", "tokenizer_fingerprint", "queries_hash", "domains", "limit", "dtype", "top_k", "control")
         different = [f for f in named if getattr(self, f) != getattr(other, f)]
         return [f"{f}: {getattr(self, f)} / {getattr(other, f)}" for f in different]
 

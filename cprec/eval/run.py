@@ -4,6 +4,7 @@ reads: a Hugging Face folder (or a baseline's name), a queries folder. writes, b
 
     inputs.json                          what is evaluated, first: asking for something else here is an error
     parts/<domain>.<rank>of<n>.parquet   each process's share of a domain, finished by a rename
+    <domain>.tuning.json                 of a tuned baseline: the settings tried on validation, best first
     <domain>.parquet                     all results of a domain, in the order of its queries
     manifest.json                        last: `out` is finished
 
@@ -25,15 +26,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from cprec import dist
 from cprec.errors import ConfigError, DataError, did_you_mean, raise_all
-from cprec.eval.baselines import BASELINES, rank_by_baseline
+from cprec.eval.baselines import BASELINES, Trial, baseline_hash, fit_baseline, rank_by_baseline
+from cprec.eval.controls import CONTROLS
 from cprec.eval.metrics import Ranked
 from cprec.eval.queries import DomainQueries, Prompts, encode_lines, load_queries
 from cprec.eval.rank import rank_query
 from cprec.eval.results import INPUTS, RESULT_SCHEMA, DomainSummary, EvalInputs, EvalManifest, read_evaluation
+from cprec.eval.stats import power_line
 from cprec.eval.tree_attention import TREE_ATTENTION
 from cprec.eval.trie import build_trie
 from cprec.format import MANIFEST, QueriesManifest, file_hash, read_queries_manifest, write_atomically
@@ -61,6 +64,10 @@ class EvalOptions:
     """Only the first so many queries of each domain."""
     dtype: str = "float32"
     top_k: int = 10
+    control: str | None = None
+    """Name of what to do to the queries first, see `cprec.eval.controls`."""
+    seed: int = 0
+    """Of a baseline that is trained."""
 
 
 def evaluate(options: EvalOptions) -> EvalManifest:
@@ -82,6 +89,9 @@ def evaluate(options: EvalOptions) -> EvalManifest:
     (out / "parts").mkdir(parents=True, exist_ok=True)
     if dist.rank() == 0:
         write_atomically(out / INPUTS, inputs.model_dump_json(indent=1))
+        for domain in inputs.domains:
+            n = queries.n_queries[domain]
+            log.info("%s: %s", domain, power_line(n if options.limit is None else min(n, options.limit)))
     _rank_missing_parts(options, inputs, queries.template, model_folder, out)
     dist.barrier()
     if dist.rank() == 0:
@@ -96,6 +106,8 @@ def _problems(options: EvalOptions, queries: QueriesManifest) -> list[str]:
         problems.append(f"model={options.model!r}, baseline={options.baseline!r}: give exactly one of the two")
     if options.baseline is not None and options.baseline not in BASELINES:
         problems.append(f"baseline={options.baseline!r} is none; {did_you_mean(options.baseline, BASELINES)}")
+    if options.control is not None and options.control not in CONTROLS:
+        problems.append(f"control={options.control!r} is none; {did_you_mean(options.control, CONTROLS)}")
     if options.dtype not in DTYPES:
         problems.append(f"dtype={options.dtype!r} is none; {did_you_mean(options.dtype, DTYPES)}")
     if options.limit is not None and options.limit < 1:
@@ -125,11 +137,13 @@ def _local_folder(model: str) -> Path:
 def _inputs(options: EvalOptions, queries: QueriesManifest, model_folder: Path | None) -> EvalInputs:
     return EvalInputs(
         model=f"baseline:{options.baseline}" if model_folder is None else str(options.model),
-        model_hash=f"baseline:{options.baseline}" if model_folder is None else _model_hash(model_folder),
+        model_hash=(baseline_hash(str(options.baseline), options.queries, seed=options.seed) if model_folder is None
+                    else _model_hash(model_folder)),
         tokenizer_fingerprint="" if model_folder is None else load_tokenizer(str(model_folder)).fingerprint,
         queries=options.queries, queries_hash=file_hash(Path(options.queries) / MANIFEST),
         domains=[d for d in queries.domains if options.domains is None or d in options.domains], limit=options.limit,
-        dtype="" if model_folder is None else options.dtype, top_k=options.top_k)
+        dtype="" if model_folder is None else options.dtype, top_k=options.top_k,
+        control=options.control)
 
 
 def _model_hash(folder: Path) -> str:
@@ -191,8 +205,14 @@ def _prompts(queries: DomainQueries, template: Template, tokenizer: Tokenizer,
     return Prompts(template, tokenizer, lines, max_tokens=context - max(len(line) for line in lines)), lines
 
 
-def _baseline_ranker(name: str, top_k: int) -> Ranker:
-    return lambda queries: lambda i: (rank_by_baseline(BASELINES[name], queries, i, top_k=top_k), 0)
+def _baseline_ranker(name: str, options: EvalOptions) -> Ranker:
+    def for_domain(queries: DomainQueries) -> Callable[[int], Answer]:
+        fitted = fit_baseline(name, options.queries, queries, seed=options.seed)
+        if fitted.tried and dist.rank() == 0:
+            tried = TypeAdapter(tuple[Trial, ...]).dump_json(fitted.tried, indent=1).decode()
+            write_atomically(Path(options.out) / f"{queries.domain}.tuning.json", tried)
+        return lambda i: (rank_by_baseline(fitted.score, queries, i, top_k=options.top_k), 0)
+    return for_domain
 
 
 def _rank_missing_parts(options: EvalOptions, inputs: EvalInputs, template: Template, model_folder: Path | None,
@@ -203,10 +223,12 @@ def _rank_missing_parts(options: EvalOptions, inputs: EvalInputs, template: Temp
         log.info("%d of %d domains are done from before", len(inputs.domains) - len(missing), len(inputs.domains))
     if not missing:
         return
-    ranker = (_baseline_ranker(str(options.baseline), options.top_k) if model_folder is None
+    ranker = (_baseline_ranker(str(options.baseline), options) if model_folder is None
               else _model_ranker(model_folder, template, options))
     for domain in missing:
         queries = load_queries(options.queries, domain).head(options.limit)
+        if options.control is not None:
+            queries = CONTROLS[options.control](queries)
         start_s = time.monotonic()
         table = _rank_domain(queries, ranker(queries), has_nll=model_folder is not None)
         seconds = f"{time.monotonic() - start_s:.3f}".encode()

@@ -21,15 +21,17 @@ FLOORS = [
     "cprec.eval.queries cprec.eval.trie cprec.eval.metrics cprec.eval.stats cprec.eval.results "
     "cprec.eval.tree_attention data_prep.mapping data_prep.replay data_prep.clean data_prep.split data_prep.sequences "
     "data_prep.duplicates data_prep.engines.duckdb data_prep.engines.spark "
-    "data_prep.pictures data_prep.encode data_prep.rows data_prep.whole data_prep.vocabulary data_prep.queries",
-    "cprec.train.metrics cprec.train.plan cprec.train.lora cprec.train.optimizer cprec.eval.rank cprec.eval.baselines "
+    "data_prep.pictures data_prep.encode data_prep.rows data_prep.whole data_prep.vocabulary data_prep.queries "
+    "data_prep.shots",
+    "cprec.train.metrics cprec.train.plan cprec.train.lora cprec.train.optimizer cprec.eval.rank cprec.eval.events "
+    "cprec.eval.controls "
     "data_prep.readers data_prep.parsers.amazon data_prep.parsers.complete_journey data_prep.parsers.movielens "
     "data_prep.parsers.recbole data_prep.parsers.tabular data_prep.pack data_prep.report data_prep.engines.registry",
-    "cprec.train.engine cprec.train.checkpoint cprec.plots cprec.eval.run cprec.eval.report "
-    "data_prep.parsers.registry data_prep.staging data_prep.proof",
-    "cprec.train.run_folder cprec.train.validate cprec.train.watch",
-    "cprec.train.loop cprec.train.steps cprec.train.branch cprec.train.family cprec.train.export cprec.train.average "
-    "data_prep.ingest data_prep.audit",
+    "cprec.train.engine cprec.train.checkpoint cprec.plots cprec.eval.neighbours cprec.eval.sequential "
+    "cprec.eval.answers data_prep.parsers.registry data_prep.staging data_prep.proof",
+    "cprec.train.run_folder cprec.train.validate cprec.train.watch cprec.eval.baselines cprec.eval.comparison",
+    "cprec.eval.run cprec.eval.report cprec.train.loop cprec.train.steps cprec.train.branch cprec.train.family "
+    "cprec.train.export cprec.train.average data_prep.ingest data_prep.audit",
     "cprec.train.sweep cprec.compare data_prep.pipeline data_prep.look",
     "data_prep.estimate",
 ]
@@ -43,6 +45,7 @@ THROUGH_ONE_MODULE = {
     "duckdb": {"data_prep.engines.duckdb"},
     "pyspark": {"data_prep.engines.spark"},
     "py4j": {"data_prep.engines.spark"},
+    "rectools": {"cprec.eval.sequential"},
 }
 
 

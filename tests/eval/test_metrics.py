@@ -1,4 +1,4 @@
-"""Metrics, baselines and statistics against values worked out by hand."""
+"""Metrics and popularity against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import mannwhitneyu
 
-from cprec.eval.baselines import BASELINES, rank_by_baseline
-from cprec.eval.metrics import METRICS, Ranked, best, chance_hit_rate, mid_rank
+from cprec.eval.baselines import popularity, rank_by_baseline
+from cprec.eval.metrics import METRICS, Answers, Ranked, best, chance_hit_rate, coverage, mid_rank
 from cprec.eval.queries import load_queries
-from cprec.eval.stats import Observations, mean_interval, paired_difference
 from tests.eval.folders import Query, Shop, write_queries
 
 RANKS = [1.0, 1.5, 3.0, 10.0, 10.5, 60.0]
@@ -21,14 +21,51 @@ BY_HAND = {
     # 1 / log2(rank + 1): log2 2 = 1, log2 2.5 = 1.3219, log2 4 = 2, log2 11 = 3.4594
     "NDCG@10": [1, 0.75647, 0.5, 0.28906, 0, 0],
     "MRR": [1, 2 / 3, 1 / 3, 0.1, 0.095238, 1 / 60],
+    # of 99 others: all, all but half a one, all but 2, 9, 9.5 and 59 beaten
+    "AUC": [1, 98.5 / 99, 97 / 99, 90 / 99, 89.5 / 99, 40 / 99],
     "NLL": [2, 2, 2, 2, 2, 2],
+    # 2 nats are 2.88539 bits, over 4 bytes
+    "bits/byte": [0.72135] * 6,
+    "ARP@10": [7.5] * 6,
+    "valid": [1] * 6,
 }
+
+
+def answers(ranks: list[float], *, n_candidates: float = 100.0) -> Answers:
+    n = len(ranks)
+    return Answers(rank=np.array(ranks), n_candidates=np.full(n, n_candidates), nll=np.full(n, 2.0),
+                   n_bytes=np.full(n, 4.0), top10_events=np.full(n, 7.5))
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric_equals_its_table(name: str) -> None:
-    found = METRICS[name](np.array(RANKS), np.full(6, 100.0), np.full(6, 2.0))
+    found = METRICS[name](answers(RANKS))
     np.testing.assert_allclose(found, BY_HAND[name], atol=1e-5)
+
+
+def test_an_answer_outside_the_catalogue_is_a_miss_of_every_metric() -> None:
+    miss = answers([np.inf])
+    by_name = {name: float(metric(miss)[0]) for name, metric in METRICS.items()}
+    assert {n: by_name[n] for n in ("HR@1", "HR@10", "HR@50", "NDCG@10", "MRR", "AUC", "valid")} == dict.fromkeys(
+        ("HR@1", "HR@10", "HR@50", "NDCG@10", "MRR", "AUC", "valid"), 0.0)
+
+
+def test_auc_of_a_target_without_rivals_is_a_half() -> None:
+    assert METRICS["AUC"](answers([1.0], n_candidates=1.0)).tolist() == [0.5]
+
+
+def test_auc_is_that_of_ranking_curves() -> None:
+    # scipy: the Mann-Whitney statistic of the target's score among the others', ties counted half
+    rng = np.random.default_rng(3)
+    scores = rng.integers(0, 20, 50).astype(float)
+    rank = mid_rank(int((scores[1:] > scores[0]).sum()), int((scores[1:] == scores[0]).sum()))
+    statistic = mannwhitneyu(scores[:1], scores[1:]).statistic
+    assert METRICS["AUC"](answers([rank], n_candidates=50.0))[0] == pytest.approx(statistic / 49)
+
+
+def test_coverage_is_the_share_of_items_in_any_list() -> None:
+    assert coverage([np.array([1, 2]), np.array([2, 3])], 12) == 3 / 12
+    assert coverage([], 12) == 0
 
 
 def test_ties_count_half() -> None:
@@ -57,61 +94,8 @@ def test_popularity_ranks_by_training_events_among_the_same_candidates(tmp_path:
                 first_ts=[0, 0, 0, 0, 0, 5000])
     queries = load_queries(write_queries(tmp_path / "q", {"food": shop}), "food")
     # u: candidates 1 2 3 4 with 4 7 4 4 events; target 3: one better, two equal
-    found = rank_by_baseline(BASELINES["popularity"], queries, 0, top_k=3)
+    found = rank_by_baseline(popularity, queries, 0, top_k=3)
     assert (found.rank, found.n_candidates, found.score, found.certified) == (1 + 1 + 2 / 2, 4, 4, True)
     assert found.top_items.tolist() == [2, 1, 3]
     # v: candidates 0 1 2 3 with 9 4 7 4; target 1: two better, one equal
-    assert rank_by_baseline(BASELINES["popularity"], queries, 1).rank == 1 + 2 + 1 / 2
-
-
-def observations(values: list[float], users: list[str] | None = None, domains: list[int] | None = None) -> Observations:
-    n = len(values)
-    return Observations(np.array(values, float), users or [f"u{i}" for i in range(n)], np.array(domains or [0] * n))
-
-
-def test_interval_of_a_constant_is_that_constant() -> None:
-    found = mean_interval(observations([0.25] * 9))
-    assert (found.mean, found.low, found.high) == (0.25, 0.25, 0.25)
-
-
-def test_interval_has_the_width_of_the_normal_approximation() -> None:
-    # 400 users, half of them hits: standard error sqrt(.25 / 400) = .025, so 0.5 -+ 0.049
-    found = mean_interval(observations([0.0, 1.0] * 200))
-    assert found.mean == 0.5
-    assert found.low == pytest.approx(0.451, abs=0.006)
-    assert found.high == pytest.approx(0.549, abs=0.006)
-
-
-def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
-    rng = np.random.default_rng(5)
-    samples = [mean_interval(observations(rng.normal(3, 1, 60).tolist()), n_resamples=500) for _ in range(200)]
-    covered = np.mean([s.low <= 3 <= s.high for s in samples])
-    assert 0.88 <= covered <= 0.99  # 95 % of 200 has a standard error of 1.5 points
-
-
-def test_the_macro_average_weighs_domains_and_not_queries() -> None:
-    # domain 0: mean 1 of one query; domain 1: mean 0 of three
-    assert mean_interval(observations([1, 0, 0, 0], domains=[0, 1, 1, 1])).mean == 0.5
-
-
-def test_queries_of_one_user_are_drawn_together() -> None:
-    together = mean_interval(observations([1, 1, 1, 0, 0, 0], users=["a"] * 3 + ["b"] * 3))
-    assert (together.low, together.high) == (0, 1)
-
-
-def test_the_same_seed_gives_the_same_interval() -> None:
-    x = observations(np.random.default_rng(0).normal(size=50).tolist())
-    assert mean_interval(x, seed=3) == mean_interval(x, seed=3) != mean_interval(x, seed=4)
-
-
-def test_identical_models_differ_by_nothing_with_p_one() -> None:
-    x = observations([0.1, 0.7, 0.2])
-    found = paired_difference(x, x)
-    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
-
-
-def test_p_of_a_model_that_always_wins_is_that_of_all_signs_equal() -> None:
-    # 6 users, each better by 1: 2 of the 64 sign patterns are as extreme
-    found = paired_difference(observations([2.0] * 6), observations([1.0] * 6), n_permutations=20_000)
-    assert (found.mean, found.low, found.high) == (1, 1, 1)
-    assert found.p == pytest.approx(2 / 64, abs=0.004)
+    assert rank_by_baseline(popularity, queries, 1).rank == 1 + 2 + 1 / 2

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from cprec.errors import ConfigError, DataError
+from cprec.eval.comparison import make_report
 from cprec.eval.metrics import METRICS
 from cprec.eval.queries import load_queries
-from cprec.eval.report import make_report, to_text, write_report
+from cprec.eval.report import to_text, write_report
 from cprec.eval.run import EvalOptions, evaluate
 from cprec.format import MANIFEST
 from cprec.template import Template
