@@ -40,15 +40,19 @@ class ModelShape:
     n_params: int
     n_embedding_params: int
     """Input embeddings: looked up, not multiplied (0 where they are tied to the output layer)."""
+    n_frozen_params: int
+    """Multiplied, but not trained: those under LoRA adapters."""
     n_layers: int
-    hidden_size: int
+    attention_size: int
+    """Query heads times the size of a head; not the hidden size in every family (Qwen3, Gemma)."""
 
     def flops(self, n_tokens: int, token_pairs: int) -> float:
         """Floating-point operations of forward and backward over `n_tokens` tokens whose documents' squared lengths sum
-        to `token_pairs`: 6 per multiplied parameter and token, 6 * layers * hidden per causal pair of one document
-        (12 * layers * hidden * length, halved by causality; Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
-        return 6.0 * (self.n_params - self.n_embedding_params) * n_tokens \
-            + 6.0 * self.n_layers * self.hidden_size * token_pairs
+        to `token_pairs`: 6 per multiplied parameter and token (4 where it is frozen: no gradient of its own), 6 *
+        layers * attention size per causal pair of one document (12 * layers * heads * head size * length, halved by
+        causality; Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
+        return (6.0 * (self.n_params - self.n_embedding_params) - 2.0 * self.n_frozen_params) * n_tokens \
+            + 6.0 * self.n_layers * self.attention_size * token_pairs
 
 
 class LossHead(nn.Linear):
@@ -89,10 +93,12 @@ class TrainingModel(nn.Module):
         embedding = self.lm.get_input_embeddings().weight
         tied = embedding is self.lm.get_output_embeddings().weight
         c = self.lm.config
+        head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        frozen = [p for p in self.lm.parameters() if not p.requires_grad and (tied or p is not embedding)]
         return ModelShape(
             n_params=sum(_numel(p) for p in self.lm.parameters()), n_embedding_params=0 if tied else _numel(embedding),
-            n_layers=c.num_hidden_layers, hidden_size=c.hidden_size,
-        )
+            n_frozen_params=sum(map(_numel, frozen)), n_layers=c.num_hidden_layers,
+            attention_size=c.num_attention_heads * head_size)
 
 
 def load_for_training(path: str, *, backend: str, dtype: torch.dtype, seq_len: int, vocab_size: int,

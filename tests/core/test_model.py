@@ -337,3 +337,14 @@ def test_a_gguf_file_is_a_model_by_its_own_name_or_its_folders(tmp_path: Path) -
     (tmp_path / "other.gguf").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"several GGUF files; name one of them: other.gguf, small.gguf"):
         load(tmp_path)
+
+
+def test_flops_count_the_heads_as_they_are_and_frozen_weights_without_their_gradient() -> None:
+    lm = Qwen3ForCausalLM(Qwen3Config(**SHAPE | {"head_dim": 16, "tie_word_embeddings": False}))
+    for p in lm.model.layers.parameters():
+        p.requires_grad_(False)
+    n_layers_params = sum(p.numel() for p in lm.model.layers.parameters())
+    shape = TrainingModel(lm).shape
+    multiplied = n_layers_params + 60 * 32 + 32  # the blocks, the output layer, the last norm
+    assert shape.flops(1000, 0) == 1000 * (6 * multiplied - 2 * n_layers_params)
+    assert shape.flops(0, 50) == 6 * 3 * (4 * 16) * 50  # 3 layers, 4 heads of 16 though hidden_size / 4 is 8
