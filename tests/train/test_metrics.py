@@ -109,7 +109,7 @@ def test_profile_writes_a_trace_of_the_chosen_steps(runs: dict[str, dict[str, An
     (path,) = (Path(runs["traced"]["run_dir"]) / "profile").iterdir()
     assert path.name == "steps-2-3.json.gz"
     names = [e.get("name", "") for e in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]]
-    assert sum(name.startswith("Optimizer.step") for name in names) == 2 * 2  # two steps, two groups of parameters
+    assert sum(name.startswith("Optimizer.step") for name in names) == 2 * 3  # two steps, three groups of parameters
     assert not (Path(runs["each"]["run_dir"]) / "profile").exists()
 
 
