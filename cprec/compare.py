@@ -7,6 +7,7 @@ runs that have not finished or not begun, and says so.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from cprec.errors import DataError
 from cprec.eval.comparison import make_report
 from cprec.eval.report import to_html, to_markdown
-from cprec.eval.results import INPUTS, EvalManifest, read_evaluation
+from cprec.eval.results import ASKED, INPUTS, EvalManifest, read_evaluation
 from cprec.format import MANIFEST, write_atomically
 from cprec.plots import FamilyLine, plot_family
 from cprec.train.family import Member, find_family, is_control_of
@@ -119,7 +120,7 @@ def _losses(members: Sequence[Member]) -> list[str]:
 
 
 def _ranking(members: Sequence[Member]) -> list[str]:
-    """Reports over the members' evaluations, one for all that answer the same queries."""
+    """Reports over the members' evaluations, one for all that answer the same queries by the same protocol."""
     groups: dict[str, dict[str, Path]] = {}
     lines = ["## Ranking", ""]
     for m in members:
@@ -128,7 +129,7 @@ def _ranking(members: Sequence[Member]) -> list[str]:
                 lines += [f"- {m.name}: {manifest}", ""]
                 continue
             i = manifest.inputs
-            group = groups.setdefault(f"{i.queries_hash} {i.domains} {i.limit}", {})
+            group = groups.setdefault(str([i.queries_hash, *(getattr(i, field) for field in ASKED)]), {})
             group[m.name if m.name not in group else f"{m.name}/{folder.name}"] = folder
     if not groups:
         return [*lines, "No run has a finished evaluation in `eval/`; make one with `launch/export.py` and "
@@ -155,8 +156,8 @@ def _report(members: Sequence[Member], group: dict[str, Path]) -> list[str]:
 
 
 def _below(text: str) -> str:
-    """A report's sections as sections of ours."""
-    return text.replace("\n## ", "\n### ")
+    """A report's sections as sections of ours, without its pictures, which are not drawn here."""
+    return re.sub(r"!\[[^]]*\]\([^)]*\)\n\n?", "", text).replace("\n## ", "\n### ")
 
 
 def _evaluations(m: Member) -> Iterator[tuple[Path, EvalManifest | str]]:

@@ -676,6 +676,12 @@ def row_cost(doc_lens: Sequence[int] | npt.NDArray[np.int32]) -> int:
     return int((lens * lens).sum())
 
 
+Target = Literal["first", "last", "successive", "leave_one_out"]
+"""Which events are asked for: of every user the first or the last from `t_test` on, each of them with all before it as
+its history, or, in `leave_one_out`, the last of all. That one leaks: it asks of users who were quiet after `t_valid`
+what the training corpora hold."""
+
+
 class QueriesManifest(_Record):
     """Frozen ranking queries: `queries/<domain>.parquet` (one row per query) and `queries/<domain>.items.parquet`.
 
@@ -699,7 +705,7 @@ class QueriesManifest(_Record):
     split_hash: str
     regime: Literal["overlap", "disjoint"]
     """Whether the users of the queries may occur in the training corpora (before the clock) or not."""
-    target: Literal["first", "last"]
+    target: Target
     seen: Literal["exclude", "include"]
     """`exclude`: items of the history are no candidates, and the target is one that is not in the history."""
     max_history: int

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cprec.errors import did_you_mean
+from cprec.format import Target
 from cprec.settings import Settings, describe_problems
 from cprec.template import Template
 from data_prep.records import PARSER_NAMES, TEMPLATE_NAMES, Corpora, PackMode
@@ -254,9 +255,10 @@ class PackSettings(Settings):
 
 
 class QuerySettings(Settings):
-    """One frozen ranking query per user and domain; see `cprec.format.QueriesManifest`."""
+    """Frozen ranking queries, one per user and domain (`successive`: one per event); see
+    `cprec.format.QueriesManifest`."""
 
-    target: Literal["first", "last"] = "first"
+    target: Target = "first"
     seen: Literal["exclude", "include"] = "exclude"
     min_history: Positive = 3
     max_history: Positive = 50

@@ -1,4 +1,4 @@
-"""Stage 6', queries: one frozen ranking query per user and domain, and the titles to rank.
+"""Stage 6', queries: frozen ranking queries of every domain, one per user unless asked otherwise, and the titles.
 
 reads: `interactions/clean.parquet`, `catalogue.parquet`, `split.json`. writes: `queries/<domain>.parquet`,
 `queries/<domain>.items.parquet` and last `queries/manifest.json`, as `cprec.format.QueriesManifest` documents them.
@@ -41,18 +41,18 @@ def write_queries(engine: Engine, layout: Layout, settings: QuerySettings, *, co
         events = _events(engine, layout, domain)
         queries = make_queries(events, settings, split=split, seed=seed)
         n_queries[domain] = engine.write(queries, layout.queries / f"{domain}.parquet", schema=QUERIES,
-                                         order_by=["user_id"])
+                                         order_by=["user_id", "until"])
         counts.add(f"{domain}: queries", n_queries[domain])
         counts.add(f"{domain}: items to rank", n_items[domain])
     empty = [d for d in domains if not n_queries[d]]
     if empty:
         new = ", of an item that is new to them" if settings.seen == "exclude" else ""
         again = "set queries.seen: include to count what users buy again, " if new else ""
+        later = "" if settings.target == "leave_one_out" else f" from {utc(split.t_test)} ({split.t_test} ms) on"
         raise DataError(f"no ranking query in {', '.join(empty)}: no user there has "
-                        f"{n_of(settings.min_history, 'event')} before an event from {utc(split.t_test)} "
-                        f"({split.t_test} ms) on{new} (seen: {settings.seen}); {again}lower queries.min_history, move "
-                        f"the clock earlier (split.quantiles, or split.t_valid and split.t_test), or take the domain "
-                        f"out")
+                        f"{n_of(settings.min_history, 'event')} before an event{later}{new} (seen: {settings.seen}); "
+                        f"{again}lower queries.min_history, move the clock earlier (split.quantiles, or split.t_valid "
+                        f"and split.t_test), or take the domain out")
     files = [f"{d}{suffix}" for d in domains for suffix in (".items.parquet", ".parquet")]
     manifest = QueriesManifest.model_validate({
         "domains": {d: "pretrain" if d in corpora.pretrain else "unseen" for d in domains},
@@ -72,25 +72,34 @@ def _events(engine: Engine, layout: Layout, domain: str) -> Table:
 
 
 def make_queries(events: Table, settings: QuerySettings, *, split: Split, seed: int) -> Table:
-    """One query per user: the target is the first or last event from `t_test` on that has `min_history` events before
-    it (and, with `seen: exclude`, whose item is new to the user); the history is all that came before it."""
+    """Queries of a domain: the targets are events from `t_test` on (`leave_one_out`: whenever) that have `min_history`
+    events before them (and, with `seen: exclude`, whose item is new to the user), of every user the first, the last or
+    (`successive`) all; the history is all that came before.
+
+    `max_per_domain` draws user by user; of the last one drawn only the first successive targets may be left.
+    """
     order = [events.ts_ms, events.h]
     placed = events.mutate(place=ibis.row_number().over(group_by="user_id", order_by=order),
                            again=ibis.row_number().over(group_by=["user_id", "item"], order_by=order) > 0)
-    qualifies = (placed.ts_ms >= split.t_test) & (placed.place >= settings.min_history)
+    qualifies = placed.place >= settings.min_history
+    if settings.target != "leave_one_out":
+        qualifies = qualifies & (placed.ts_ms >= split.t_test)
     if settings.seen == "exclude":
         qualifies = qualifies & ~placed.again
     possible = placed.filter(qualifies)
-    nearest = possible.place.asc() if settings.target == "first" else possible.place.desc()
+    latest = settings.target in ("last", "leave_one_out")
+    nearest = possible.place.desc() if latest else possible.place.asc()
     ranked = possible.mutate(choice=ibis.row_number().over(group_by="user_id", order_by=nearest))
-    targets = ranked.filter(ranked.choice == 0).select(
+    chosen = ranked if settings.target == "successive" else ranked.filter(ranked.choice == 0)
+    targets = chosen.select(
         "user_id", target="item", query_ts="ts_ms", is_repeat="again", until="place",
-        is_cold=ranked.first_ts >= split.t_valid,
-        lot=ibis.literal("\x1f").join([ibis.literal(str(seed)), ranked.domain, ranked.user_id]).hexdigest("md5"))
+        is_cold=chosen.first_ts >= split.t_valid,
+        lot=ibis.literal("\x1f").join([ibis.literal(str(seed)), chosen.domain, chosen.user_id]).hexdigest("md5"))
     if settings.max_per_domain is not None:
-        targets = targets.order_by(["lot", "user_id"]).limit(settings.max_per_domain)
-    before = placed.inner_join(targets, "user_id").filter(ibis._.place < ibis._.until)
-    by = ["user_id", "target", "query_ts", "is_repeat", "is_cold"]
+        targets = targets.order_by(["lot", "user_id", "until"]).limit(settings.max_per_domain)
+    before = placed.select("user_id", "item", "place", "again").inner_join(targets, "user_id")
+    before = before.filter(before.place < before.until)
+    by = ["user_id", "target", "query_ts", "is_repeat", "is_cold", "until"]
     return before.group_by(by).agg(
         history=in_order(before["item"], by=before.place, where=before.place >= before.until - settings.max_history),
         seen=in_order(before["item"], by=before.place, where=~before.again))

@@ -4,9 +4,10 @@
     torchrun --nproc_per_node 8 launch/rank.py --model ... --queries ... --out ...
     python   launch/rank.py --baseline sasrec --queries prepared/queries --out runs/sasrec/eval
     python   launch/rank.py --model runs/base/hf --control shuffled-history --queries ... --out runs/base/control
+    python   launch/rank.py --model runs/base/hf --protocol uniform-99 --full runs/base/eval --queries ... --out ...
 
-reads: an exported model, a queries folder. writes: `--out` (results per domain, report.md, report.json). The same
-command again goes on where it was stopped, with the same number of processes; finished, it only prints the table.
+reads: an exported model, a queries folder. writes: `--out` (results per domain, report.md, report.html, report.json).
+The same command again goes on where it was stopped, with any number of processes; finished, it only prints the table.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from cprec import cli, dist
 from cprec.eval.baselines import BASELINES
 from cprec.eval.comparison import make_report, short_name
 from cprec.eval.controls import CONTROLS
+from cprec.eval.rankers import DTYPES
 from cprec.eval.report import to_text, write_report
-from cprec.eval.run import DTYPES, EvalOptions, evaluate
+from cprec.eval.run import EvalOptions, evaluate, expectation, refuse_full
 from cprec.process import only_writer
 
 
-def parse_arguments() -> EvalOptions:
-    """Options from the command line."""
+def parse_arguments() -> tuple[EvalOptions, str | None]:
+    """Options from the command line, and the folder to compare with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="folder of an exported model (or a hub name)")
@@ -36,17 +38,33 @@ def parse_arguments() -> EvalOptions:
     parser.add_argument("--domains", help="comma-separated; default: all")
     parser.add_argument("--limit", type=int, help="only the first N queries of each domain")
     parser.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)}; default float32")
+    parser.add_argument("--top-k", type=int, default=10, help="how many of the best to list; default 10")
+    parser.add_argument("--protocol", default="full", help="full (default), uniform-M, popularity-M, choice-M with M "
+                        "negatives, beam-W or open-W with beams of width W")
+    parser.add_argument("--scoring", default="sum", help="sum (default), mean-A (per length^A) or pmi-W (minus W times "
+                        "the log-probability without a history)")
+    parser.add_argument("--rank-up-to", type=int, help="do not tell ranks beyond this one apart (faster)")
+    parser.add_argument("--seen", choices=("exclude", "include"), help="whether items had before are candidates; "
+                        "default: as the queries were frozen")
+    parser.add_argument("--items", choices=("all", "warm"), default="all", help="warm: only items of the training "
+                        "window; default all")
     parser.add_argument("--control", help=f"make the queries worse on purpose: {', '.join(CONTROLS)}")
     parser.add_argument("--seed", type=int, default=0, help="of a baseline that is trained; default 0")
+    parser.add_argument("--full", help="of a uniform-M protocol: the folder of the same model's full ranking, whose "
+                        "expectation is printed beside")
     a = parser.parse_args()
-    return EvalOptions(queries=a.queries, out=a.out, model=a.model, baseline=a.baseline, limit=a.limit, dtype=a.dtype,
-                       control=a.control, seed=a.seed,
-                       domains=None if a.domains is None else a.domains.split(","))
+    options = EvalOptions(queries=a.queries, out=a.out, model=a.model, baseline=a.baseline, limit=a.limit,
+                          dtype=a.dtype, domains=None if a.domains is None else a.domains.split(","), top_k=a.top_k,
+                          protocol=a.protocol, scoring=a.scoring, rank_up_to=a.rank_up_to, seen=a.seen, items=a.items,
+                          control=a.control, seed=a.seed)
+    return options, a.full
 
 
 def main() -> None:
     """Evaluate, write the report, print it."""
-    options = parse_arguments()
+    options, full = parse_arguments()
+    if full is not None:
+        refuse_full(options, full)
     if "RANK" in os.environ:
         dist.init()
     try:
@@ -56,6 +74,8 @@ def main() -> None:
             report = make_report({short_name(manifest): options.out})
             write_report(report, options.out)
             print(to_text(report))
+            if full is not None:
+                print(expectation(full, options.out))
     finally:
         dist.shutdown()
 

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cprec.errors import DataError
-from cprec.eval.controls import CONTROLS
+from cprec.eval.controls import chosen_queries, controlled
 from cprec.eval.metrics import METRICS, Answers, Floats, coverage
 from cprec.eval.queries import Catalogue, DomainQueries, Ints, load_queries
-from cprec.eval.results import EvalManifest, read_evaluation
+from cprec.eval.results import EvalInputs, EvalManifest, read_evaluation
 from cprec.eval.stats import Observations
 from cprec.format import MANIFEST, file_hash
 
@@ -85,8 +85,11 @@ class Evaluation:
                 numbers.append(np.full(int(chosen.sum()), len(numbers) - 1))
         return Observations(np.concatenate(values), users, np.concatenate(numbers))
 
-    def coverage(self, domains: Sequence[str]) -> float:
-        """Mean over the domains of the share of the catalogue that is in somebody's ten best."""
+    def coverage(self, domains: Sequence[str]) -> float | None:
+        """Mean over the domains of the share of the catalogue that is in somebody's ten best; None where the lists were
+        asked to be shorter."""
+        if self.manifest.inputs.top_k < 10:
+            return None
         return float(np.mean([coverage(self.domains[d].top10, self.domains[d].n_items) for d in domains]))
 
 
@@ -101,12 +104,12 @@ def load_evaluation(folder: str | Path) -> Evaluation:
                         f"or evaluate again")
     domains = {}
     for domain in manifest.domains:
-        frozen = _queries(inputs.queries, domain, inputs.queries_hash).head(inputs.limit)
-        queries = frozen if inputs.control is None else CONTROLS[inputs.control](frozen)
+        chosen = chosen_queries(_queries(inputs.queries, domain, inputs.queries_hash), inputs, manifest.split)
+        queries = controlled(chosen, inputs.control)
         table = pq.read_table(Path(folder) / f"{domain}.parquet", partitioning=None)
         if table["user_id"].to_pylist() != queries.user_ids:
             raise DataError(f"{folder}/{domain}.parquet has other users than {inputs.queries}; evaluate again")
-        domains[domain] = _joined(table, queries, n_history=np.diff(frozen.histories.offsets)[:len(frozen)])
+        domains[domain] = _joined(table, queries, inputs, n_history=np.diff(chosen.histories.offsets))
     return Evaluation(str(folder), manifest, domains)
 
 
@@ -115,14 +118,16 @@ def _queries(folder: str, domain: str, _manifest_hash: str) -> DomainQueries:
     return load_queries(folder, domain)
 
 
-def _joined(table: pa.Table, queries: DomainQueries, *, n_history: Ints) -> DomainAnswers:
+def _joined(table: pa.Table, queries: DomainQueries, inputs: EvalInputs, *, n_history: Ints) -> DomainAnswers:
     catalogue = queries.catalogue
-    top10 = [np.asarray(items, dtype=np.int64) for items in table["top10"].to_pylist()]
+    top10 = [np.asarray(items[:10], dtype=np.int64) for items in table["top10"].to_pylist()]
     line_bytes = np.array([len(catalogue.lines[t].encode()) for t in queries.targets], dtype=np.float64)
+    events = [catalogue.n_train[items].mean() if len(items) else 0.0 for items in top10]
     answers = Answers(
-        rank=np.nan_to_num(_floats(table, "rank"), nan=np.inf), n_candidates=_floats(table, "n_candidates"),
-        nll=_floats(table, "nll"), n_bytes=line_bytes,
-        top10_events=np.array([catalogue.n_train[items].mean() if len(items) else 0.0 for items in top10]))
+        rank=_floats(table, "rank"), known_up_to=np.full(len(table), inputs.rank_up_to or np.inf),
+        n_candidates=_floats(table, "n_candidates"), nll=_floats(table, "nll"), n_bytes=line_bytes,
+        top10_events=np.where(inputs.top_k < 10, np.nan, events),
+        valid=np.nan_to_num(_floats(table, "valid_share"), nan=1.0))
     return DomainAnswers(
         answers=answers, users=queries.user_ids, top10=top10, n_items=len(catalogue),
         n_history=n_history, is_cold=queries.is_cold,

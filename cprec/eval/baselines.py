@@ -30,7 +30,7 @@ from cprec.errors import ConfigError
 from cprec.eval.events import DomainEvents, load_events
 from cprec.eval.metrics import Floats, Ranked, best, mid_rank, ndcg_at
 from cprec.eval.neighbours import item_knn, markov, title_similarity
-from cprec.eval.queries import DomainQueries
+from cprec.eval.queries import Bools, DomainQueries
 from cprec.format import file_hash, read_queries_manifest
 from cprec.log import get_logger
 
@@ -140,6 +140,8 @@ BASELINES: dict[str, Callable[[Problem], Fitted] | None] = {
     "bert4rec": _network("bert4rec", n_factors=(64, 128), dropout=(0.2, 0.5)),
 }
 """Name -> its fit; None where nothing is learned but the counts that the queries hold."""
+TRAINED = tuple(name for name in BASELINES if name != "popularity" and name not in COUNTING)
+"""Those whose ranks follow from a seed."""
 
 
 def fit_baseline(name: str, queries_folder: str | Path, queries: DomainQueries, *, seed: int = 0) -> Fitted:
@@ -165,9 +167,14 @@ def baseline_hash(name: str, queries_folder: str | Path, *, seed: int) -> str:
     return hashlib.sha256(json.dumps([name, seed, hashes]).encode()).hexdigest()
 
 
-def rank_by_baseline(baseline: Baseline, queries: DomainQueries, i: int, *, top_k: int = 10) -> Ranked:
-    """Exact mid-rank of query i's target by the baseline's scores, and its best `top_k` candidates."""
-    scores, candidates, target = baseline(queries, i), queries.candidates(i), int(queries.targets[i])
+def rank_by_baseline(baseline: Baseline, queries: DomainQueries, i: int, *, top_k: int = 10,
+                     candidates: Bools | None = None) -> Ranked:
+    """Exact mid-rank of query i's target by the baseline's scores, and its best `top_k` candidates.
+
+    `candidates`: a mask over the items that holds the target; those of the full catalogue unless given.
+    """
+    scores, target = baseline(queries, i), int(queries.targets[i])
+    candidates = queries.candidates(i) if candidates is None else candidates
     items = np.flatnonzero(candidates)
     among = scores[items]
     n_better, n_equal = int((among > scores[target]).sum()), int((among == scores[target]).sum()) - 1

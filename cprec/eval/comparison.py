@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from cprec.errors import DataError, did_you_mean
 from cprec.eval.answers import SLICES, Evaluation, load_evaluation
 from cprec.eval.metrics import METRICS, TABLE_METRICS, chance_hit_rate
-from cprec.eval.results import EvalManifest
+from cprec.eval.results import ASKED, EvalManifest
 from cprec.eval.stats import (
     Observations,
     detectable_difference,
@@ -26,6 +26,7 @@ from cprec.eval.stats import (
     paired_differences,
     seed_deviations,
 )
+from cprec.format import Target
 
 COMPARED = ("NDCG@10", "HR@10", "NLL")
 """What differences are made of; the first is the primary endpoint, on the primary row."""
@@ -45,6 +46,9 @@ class Entry(_Record):
     """Per seed."""
     dtype: str
     control: str | None
+    scoring: str
+    rank_up_to: int | None
+    """Ranks beyond are infinite."""
     n_seeds: int
     n_queries: int
     n_certified: int
@@ -52,6 +56,8 @@ class Entry(_Record):
     """Prompts whose oldest items did not fit the model's context."""
     n_nodes: int
     """Trie prefixes put through the model."""
+    n_tokens: int
+    """Tokens put through the model, the prompts' included; 0 where they are not counted."""
     seconds: float
 
     @property
@@ -63,9 +69,14 @@ class Entry(_Record):
             said += f", CONTROL {self.control}"
         if not self.dtype:
             return f"{said}, {self.n_queries} queries"
+        said += "" if self.scoring == "sum" else f", scores {self.scoring}"
+        if self.rank_up_to is not None:
+            said += (f", ranks beyond {self.rank_up_to} not told apart (0 in MRR; no AUC, and no HR@K or NDCG@K of a "
+                     f"larger K)")
+        tokens = f", {self.n_tokens / self.n_queries:.0f} tokens" if self.n_tokens else ""
         return (f"{said}, {self.dtype}, {self.n_certified} of {self.n_queries} ranks certified, "
-                f"{self.n_nodes / self.n_queries:.0f} trie prefixes and {self.seconds / self.n_queries:.2f} s a query, "
-                f"{self.n_histories_cut} histories cut to the context")
+                f"{self.n_nodes / self.n_queries:.0f} trie prefixes{tokens} and {self.seconds / self.n_queries:.2f} s "
+                f"a query, {self.n_histories_cut} histories cut to the context")
 
 
 class Row(_Record):
@@ -101,7 +112,8 @@ class Cell(_Record):
 
 
 class Coverage(_Record):
-    """Share of the catalogue in somebody's ten best (of the first seed); it grows with the number of users."""
+    """Share of the catalogue in somebody's ten best (of the first seed); it grows with the number of users. There is
+    none where shorter lists were asked for."""
 
     row: str
     model: str
@@ -128,12 +140,16 @@ class Versus(_Record):
 
 
 class Report(_Record):
-    """All numbers of a comparison, and how the queries were made. A model without a probability has no NLL cell."""
+    """All numbers of a comparison, and how the queries were made. A metric that is not defined for all of a model's
+    answers has no cell: NLL without a probability, AUC of infinite ranks."""
 
     models: list[Entry]
+    protocol: str
+    """See `cprec.eval.protocols`; one for all."""
     regime: Literal["overlap", "disjoint"]
-    target: str
+    target: Target
     seen: Literal["exclude", "include"]
+    items: Literal["all", "warm"]
     split: dict[str, int]
     split_hash: str
     n_query_sets: int
@@ -150,7 +166,8 @@ def make_report(folders: Mapping[str, Folders], *, reference: str | None = None)
     """Report over evaluation folders by name; several folders of one name are its seeds. With `reference`, every other
     model's difference to that one.
 
-    Raises DataError when the evaluations did not answer the same queries, or the reference is none of them.
+    Raises DataError when the evaluations did not answer the same queries by the same protocol, or the reference is none
+    of them.
     """
     models = {name: [load_evaluation(f) for f in _listed(given)] for name, given in folders.items()}
     _refuse_other_queries(models)
@@ -164,11 +181,12 @@ def make_report(folders: Mapping[str, Folders], *, reference: str | None = None)
     m = first.manifest
     hashes = {e.manifest.inputs.queries_hash for seeds in models.values() for e in seeds}
     return Report(
-        models=[_entry(name, seeds) for name, seeds in models.items()], regime=m.regime, target=m.target, seen=m.seen,
-        split=m.split, split_hash=m.split_hash, n_query_sets=len(hashes), limit=m.inputs.limit, rows=rows,
-        slices=slices, cells=cells, differences=[] if reference is None else _differences(rows, models, reference),
-        coverage=[Coverage(row=row.name, model=name, share=seeds[0].coverage(row.domains))
-                  for row in rows for name, seeds in models.items()])
+        models=[_entry(name, seeds) for name, seeds in models.items()], protocol=m.inputs.protocol, regime=m.regime,
+        target=m.target, seen=m.seen, items=m.inputs.items, split=m.split, split_hash=m.split_hash,
+        n_query_sets=len(hashes), limit=m.inputs.limit, rows=rows, slices=slices, cells=cells,
+        differences=[] if reference is None else _differences(rows, models, reference),
+        coverage=[Coverage(row=row.name, model=name, share=share) for row in rows for name, seeds in models.items()
+                  if (share := seeds[0].coverage(row.domains)) is not None])
 
 
 def _listed(given: Folders) -> list[str | Path]:
@@ -182,12 +200,17 @@ def short_name(manifest: EvalManifest) -> str:
 
 
 def _refuse_other_queries(models: Mapping[str, Sequence[Evaluation]]) -> None:
-    """Raise DataError unless all seeds ask about the same domains, and each model answers the queries of the others in
-    the same order (or one set of them only, which all others answer)."""
+    """Raise DataError unless all seeds ask about the same domains by one protocol and filter, those of one model in one
+    way, and each model answers the queries of the others in the same order (or one set of them only, which all others
+    answer)."""
     every = [e for seeds in models.values() for e in seeds]
     for other in every[1:]:
-        for field in ("domains", "limit"):
+        for field in ASKED:
             _refuse(every[0], other, field)
+    for seeds in models.values():
+        for other in seeds[1:]:
+            for field in ("control", "scoring", "rank_up_to", "top_k", "dtype"):
+                _refuse(seeds[0], other, field)
     longest = max(models.values(), key=len)
     for seeds in models.values():
         if len(seeds) not in (1, len(longest)):
@@ -200,16 +223,18 @@ def _refuse_other_queries(models: Mapping[str, Sequence[Evaluation]]) -> None:
 def _refuse(a: Evaluation, b: Evaluation, field: str) -> None:
     theirs, ours = (getattr(e.manifest.inputs, field) for e in (a, b))
     if theirs != ours:
-        raise DataError(f"{a.folder} and {b.folder} answered different queries: {field} is {theirs} and {ours}; "
-                        f"evaluate both on the same folder")
+        raise DataError(f"{a.folder} and {b.folder} did not answer the same queries in the same way: {field} is "
+                        f"{theirs} and {ours}; evaluate both with the same queries and options")
 
 
 def _entry(name: str, seeds: Sequence[Evaluation]) -> Entry:
     domains = [d for e in seeds for d in e.manifest.domains.values()]
     inputs = [e.manifest.inputs for e in seeds]
     return Entry(name=name, what=[i.model for i in inputs], dtype=inputs[0].dtype, control=inputs[0].control,
-                 n_seeds=len(seeds), n_queries=sum(d.n_queries for d in domains),
+                 scoring=inputs[0].scoring, rank_up_to=inputs[0].rank_up_to, n_seeds=len(seeds),
+                 n_queries=sum(d.n_queries for d in domains),
                  n_certified=sum(d.n_certified for d in domains), n_nodes=sum(d.n_nodes for d in domains),
+                 n_tokens=sum(d.n_tokens for d in domains),
                  n_histories_cut=sum(d.n_histories_cut for d in domains), seconds=sum(d.seconds for d in domains))
 
 

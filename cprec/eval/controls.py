@@ -1,4 +1,5 @@
-"""Frozen queries made worse on purpose: what a model still gets right of them, it has not read off the history.
+"""Which of the frozen queries an evaluation asks, and queries made worse on purpose: what a model still gets right of
+those, it has not read off the history.
 
 reads: nothing. writes: nothing. A new control is one function and one line in CONTROLS.
 
@@ -12,15 +13,27 @@ The users, their candidates and the filter stay, so that the results are compare
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from cprec.errors import DataError
 from cprec.eval.queries import DomainQueries, Ragged
+from cprec.eval.results import EvalInputs
 
 SEED = 17
+
+
+def chosen_queries(frozen: DomainQueries, inputs: EvalInputs, split: Mapping[str, int]) -> DomainQueries:
+    """The queries that are left under the evaluation's filter, up to its limit; before its control."""
+    warm_until = split["t_valid"] if inputs.items == "warm" else None
+    return frozen.filtered(seen=inputs.seen, warm_until=warm_until).head(inputs.limit)
+
+
+def controlled(queries: DomainQueries, control: str | None) -> DomainQueries:
+    """The queries after the control of this name, or as they are."""
+    return queries if control is None else CONTROLS[control](queries)
 
 
 def shuffled_target(queries: DomainQueries) -> DomainQueries:

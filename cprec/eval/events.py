@@ -47,8 +47,8 @@ class DomainEvents:
 
     train: Sequences
     validation: DomainQueries
-    """One query per user with an event in the validation window, as the test's are made: same catalogue, filter and
-    longest history. They are a sample where there are many."""
+    """One query per user with an event in the validation window, as the test's are made (of successive targets the
+    first): same catalogue, filter and longest history. They are a sample where there are many."""
 
 
 def load_events(queries_folder: str | Path, manifest: QueriesManifest, queries: DomainQueries, *,
@@ -67,7 +67,8 @@ def load_events(queries_folder: str | Path, manifest: QueriesManifest, queries: 
         raise DataError(f"{domain} has no event before the validation clock ({manifest.split['t_valid']} ms): a "
                         f"baseline has nothing to learn from; leave the domain out (--domains)")
     _, sequences = _by_user(train)
-    chosen = _validation(everything, queries, manifest, n_most=max_validation, seed=seed)
+    chosen = _validation(everything, queries, manifest, n_most=max_validation, seed=seed).filtered(
+        seen="exclude" if queries.excludes_seen else "include", warm_until=queries.warm_until)
     if not len(chosen):
         raise DataError(f"{domain} has no user with a history and an event from {manifest.split['t_valid']} ms to "
                         f"{manifest.split['t_test']} ms: a baseline cannot be tuned; leave the domain out (--domains)")
@@ -123,7 +124,7 @@ def _target(items: Ints, times: Ints, manifest: QueriesManifest) -> int | None:
         is_new[np.unique(items, return_index=True)[1]] = True
         possible &= is_new
     places = np.flatnonzero(possible)
-    return int(places[-1 if manifest.target == "last" else 0]) if len(places) else None
+    return int(places[-1 if manifest.target in ("last", "leave_one_out") else 0]) if len(places) else None
 
 
 def _as_queries(found: Mapping[str, tuple[Ints, int, int]], queries: DomainQueries,

@@ -24,14 +24,18 @@ class Answers:
     """What is known of n answered queries; entry i of every field is of query i."""
 
     rank: Floats
-    """Of the target; infinite where an answer names no item of the catalogue, which every metric counts as a miss."""
+    """Of the target; infinite where a generated list lacks it, or where the search stopped before it."""
+    known_up_to: Floats
+    """An infinite rank lies beyond this one; infinite itself where a list lacks the target: a miss at any K."""
     n_candidates: Floats
     nll: Floats
     """Nats: minus the log-probability of the target's line; NaN for what gives no probability."""
     n_bytes: Floats
     """UTF-8 bytes of that line."""
     top10_events: Floats
-    """Mean number of training events of the ten best items."""
+    """Mean number of training events of the ten best items; NaN where fewer than ten were asked for."""
+    valid: Floats
+    """Share of what was generated that is a line of the catalogue as it stands; 1 where only such lines can be."""
 
 
 Metric = Callable[[Answers], Floats]
@@ -78,26 +82,36 @@ def ndcg_at(k: int, rank: Floats) -> Floats:
     return gain
 
 
-def hit_rate(k: int) -> Metric:
+def hits_at(k: int, rank: Floats) -> Floats:
     """HR@k: 1 where the rank is at most k."""
-    return lambda a: (a.rank <= k).astype(np.float64)
+    return (rank <= k).astype(np.float64)
+
+
+def hit_rate(k: int) -> Metric:
+    """`hits_at` of the answers; NaN where it is not known whether the rank is beyond k."""
+    return lambda a: _where_known(k, a, hits_at(k, a.rank))
 
 
 def ndcg(k: int) -> Metric:
-    """`ndcg_at` of the answers."""
-    return lambda a: ndcg_at(k, a.rank)
+    """`ndcg_at` of the answers; NaN where it is not known whether the rank is beyond k."""
+    return lambda a: _where_known(k, a, ndcg_at(k, a.rank))
+
+
+def _where_known(k: int, a: Answers, values: Floats) -> Floats:
+    return np.where(np.isinf(a.rank) & (a.known_up_to < k), np.nan, values)
 
 
 def mrr(a: Answers) -> Floats:
-    """Reciprocal rank, not cut off."""
+    """Reciprocal rank, not cut off; 0 for an infinite one."""
     return 1 / a.rank
 
 
 def auc(a: Answers) -> Floats:
     """Share of the other candidates that the target beats, ties counted half: 1 - (rank - 1) / (candidates - 1); one
-    half where there is no other."""
+    half where there is no other, NaN for an infinite rank, which does not say how many."""
     others = np.maximum(a.n_candidates - 1, 1)
-    return np.asarray(np.where(a.n_candidates > 1, np.maximum(1 - (a.rank - 1) / others, 0), 0.5), dtype=np.float64)
+    share = np.where(a.n_candidates > 1, 1 - (a.rank - 1) / others, 0.5)
+    return np.where(np.isinf(a.rank), np.nan, share)
 
 
 def bits_per_byte(a: Answers) -> Floats:
@@ -108,10 +122,10 @@ def bits_per_byte(a: Answers) -> Floats:
 METRICS: dict[str, Metric] = {
     "HR@1": hit_rate(1), "HR@10": hit_rate(10), "HR@50": hit_rate(50), "NDCG@10": ndcg(10), "MRR": mrr, "AUC": auc,
     "NLL": lambda a: a.nll, "bits/byte": bits_per_byte, "ARP@10": lambda a: a.top10_events,
-    "valid": lambda a: np.isfinite(a.rank).astype(np.float64),
+    "valid": lambda a: a.valid,
 }
 """By the name that tables show. NLL in nats per item. ARP@10: average recommendation popularity, the training events of
-the ten best items (Yin et al., 2012). valid: share of answers that name an item of the catalogue; 1 for exact ranks."""
+the ten best items (Yin et al., 2012). valid: share of generated texts that are lines of the catalogue; 1 for ranks."""
 TABLE_METRICS = ("HR@10", "NDCG@10", "MRR", "NLL")
 """The columns of a report; the others are in its JSON, and in its second table."""
 BEHAVIOUR_METRICS = ("HR@1", "HR@50", "AUC", "bits/byte", "ARP@10", "valid")

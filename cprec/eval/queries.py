@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from cprec.tokenizer import Tokenizer
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+Seen = Literal["exclude", "include"]
 
 QUERY_COLUMNS = ("user_id", "history", "seen", "target", "query_ts", "is_repeat", "is_cold")
 ITEM_COLUMNS = ("item", "item_id", "title", "line", "n_train", "first_ts")
@@ -38,6 +39,11 @@ class Ragged:
 
     def __getitem__(self, i: int) -> Ints:
         return self.values[self.offsets[i]:self.offsets[i + 1]]
+
+    def take(self, rows: Ints) -> Ragged:
+        """Only the lists of these numbers, in this order."""
+        lists = [self[int(i)] for i in rows]
+        return Ragged(np.concatenate([*lists, np.zeros(0, np.int64)]), np.cumsum([0, *map(len, lists)]))
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class DomainQueries:
     """Moment of the target event, ms."""
     is_repeat: Bools
     is_cold: Bools
+    warm_until: int | None = None
+    """If given, items that come later, ms, are no candidates."""
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -84,15 +92,34 @@ class DomainQueries:
         The target is always one.
         """
         mask: Bools = self.catalogue.first_ts <= self.query_ts[i]
+        if self.warm_until is not None:
+            mask &= self.catalogue.first_ts < self.warm_until
         if self.excludes_seen:
             mask[self.seen[i]] = False
         mask[self.targets[i]] = True
         return mask
 
+    def take(self, rows: Ints) -> DomainQueries:
+        """Only the queries of these numbers, in this order."""
+        return replace(self, user_ids=[self.user_ids[i] for i in rows], histories=self.histories.take(rows),
+                       seen=self.seen.take(rows), targets=self.targets[rows], query_ts=self.query_ts[rows],
+                       is_repeat=self.is_repeat[rows], is_cold=self.is_cold[rows])
+
     def head(self, n: int | None) -> DomainQueries:
         """The first `n` queries in the file's order, or all of them."""
-        return replace(self, user_ids=self.user_ids[:n], targets=self.targets[:n], query_ts=self.query_ts[:n],
-                       is_repeat=self.is_repeat[:n], is_cold=self.is_cold[:n])
+        return self if n is None else self.take(np.arange(min(n, len(self))))
+
+    def filtered(self, *, seen: Seen, warm_until: int | None) -> DomainQueries:
+        """The same queries under another filter: with or without items had before, and with warm items alone.
+
+        Queries whose target the filter would take away are left out.
+        """
+        keep = np.ones(len(self), dtype=bool)
+        if seen == "exclude":
+            keep &= ~self.is_repeat
+        if warm_until is not None:
+            keep &= self.catalogue.first_ts[self.targets] < warm_until
+        return replace(self.take(np.flatnonzero(keep)), excludes_seen=seen == "exclude", warm_until=warm_until)
 
 
 def load_queries(folder: str | os.PathLike[str], domain: str) -> DomainQueries:

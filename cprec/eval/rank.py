@@ -1,13 +1,18 @@
-"""The exact rank of a query's target in its full catalogue by likelihood, from a fraction of the forward passes.
+"""The exact rank of queries' targets in their full catalogue by likelihood, from a fraction of the forward passes.
 
-reads: a model with tree attention, a trie, a prompt. writes: nothing. costs: the prompt once, then one token per
-expanded prefix; the keys and values of one trie level; `max_nodes * vocabulary` logits.
+reads: a model with tree attention, a trie, prompts. writes: nothing. costs: see `cprec.eval.walk`; the number of
+expanded prefixes is that of prefixes whose bound reaches the threshold.
 
-The score of an item is the log-probability of its whole line after the prompt, softmax over the full vocabulary. It
-only falls with every token, so a prefix below the target's score has no completion above it: level by level, only
-prefixes at or above the threshold are put through the model. What was cut away is bounded by the best cut prefix, and
-a result counts when that bound lies below the target and below the last of the top list. If rounding, or a top list
-that needs items below the target, leaves this open, the search is repeated with a lower threshold, until it holds.
+By default the score of an item is the log-probability of its whole line after the prompt, softmax over the full
+vocabulary. It only falls with every token, so a prefix below the target's score has no completion above it. The lines
+of the targets come first, in one pass, and give each user's threshold: the target's score, or the K-th best score found
+so far where that is lower, since the top list has to be exact, too. Then the prefixes that reach their user's threshold
+are put through the model, those of many users at a time, until none is left. Thresholds only rise, every score is
+computed once, and what was cut away lies below the last threshold: that is the certificate of a result.
+
+Prefixes that reach the target's score are needed in any case, and go deepest first, so that few keys and values are
+kept at a time. Prefixes below it are only needed for a top list that the target is in: they go best first and a few at
+a time, since every completed line may make the next one needless.
 """
 
 from __future__ import annotations
@@ -18,192 +23,220 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cprec.errors import CheckpointError
 from cprec.eval.metrics import Floats, Ranked, best, mid_rank
-from cprec.eval.tree_attention import TreeState
-from cprec.eval.trie import Bools, Ints, Trie
+from cprec.eval.scoring import Scoring, SumScoring
+from cprec.eval.trie import Bools, Trie
+from cprec.eval.walk import Candidates, Prefixes, TrieTensors, Walk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGITS_PER_CHUNK = 1 << 26
-SLACK_NATS = {torch.float64: 1e-7, torch.float32: 1e-3}
-COARSE_SLACK_NATS = 0.1
-"""For 16-bit models: about the noise of a line's score between two chunk shapes."""
-BEAMS_PER_TOP_ITEM = 3
+UNSURE_PER_USER = 16
+"""Prefixes below the target's score that a user adds to one forward pass: more are rarely needed in the end."""
+DEEPER = 1e9
+"""One level, against differences of scores."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A ranked query, the log-probability of its target's line, and the tokens that were put through the model.
+
+    A rank that was not searched to its end (`rank_up_to`) is infinite; the top list is exact all the same.
+    """
+
+    ranked: Ranked
+    log_prob: float
+    n_tokens: int
+
+    @property
+    def certified(self) -> bool:
+        """No candidate that was not scored can reach the target (if its rank was asked for) or the top list."""
+        last = float(self.ranked.top_scores.min(initial=np.inf))
+        return self.ranked.bound < (last if np.isinf(self.ranked.rank) else min(self.ranked.score, last))
+
+
+class Ranker:
+    """Ranks queries over one catalogue with one model."""
+
+    def __init__(self, model: PreTrainedModel, trie: Trie, *, scoring: Scoring | None = None, top_k: int = 10,
+                 rank_up_to: int | None = None, max_nodes: int | None = None) -> None:
+        """`rank_up_to`: search ranks so far only; beyond, only the top list is made sure.
+
+        `max_nodes` bounds the prefixes per forward pass (default: by the device).
+        """
+        self.model, self.trie, self.tensors = model, trie, TrieTensors.of(trie, model.device)
+        self.scoring = scoring or SumScoring()
+        self.top_k, self.rank_up_to, self.max_nodes = top_k, rank_up_to, max_nodes
+
+    @torch.inference_mode()
+    def rank(self, prompts: Sequence[Sequence[int]], targets: Sequence[int], candidates: Bools) -> list[Answer]:
+        """Exact mid-rank of each query's target among its candidates (queries, items), and their exact best `top_k`.
+
+        A target is a candidate whatever the mask says. Items with equal token sequences share a node and so tie.
+        Raises CheckpointError when the model's log-probability of a target is not finite.
+        """
+        candidates = candidates.copy()
+        candidates[np.arange(len(targets)), targets] = True
+        walk = Walk(self.model, self.tensors, prompts, max_nodes=self.max_nodes)
+        search = _Search(self, walk, targets, candidates)
+        search.run()
+        return [search.answer(u, candidates[u]) for u in range(len(prompts))]
+
+
+@dataclass(frozen=True)
+class _Done:
+    """Completed nodes of users: their scores, and how many candidates each completes."""
+
+    user: Tensor
+    node: Tensor
+    score: Tensor
+    count: Tensor
+
+    def __getitem__(self, which: Tensor) -> _Done:
+        return _Done(self.user[which], self.node[which], self.score[which], self.count[which])
+
+
+class _Search:
+    """The state of one batch's search: what is open, what is found, and every user's threshold."""
+
+    def __init__(self, ranker: Ranker, walk: Walk, targets: Sequence[int], candidates: Bools) -> None:
+        self.ranker, self.walk, self.scoring, self.tensors = ranker, walk, ranker.scoring, ranker.tensors
+        n, device = walk.n_users, walk.device
+        self.candidates = Candidates(ranker.tensors, candidates)
+        self.k = self.candidates.total.clamp(max=ranker.top_k)
+        self.n_better, self.n_equal = (torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2))
+        self.kth, self.cut = (torch.full((n,), -torch.inf, dtype=torch.float64, device=device) for _ in range(2))
+        self.leaf = torch.as_tensor(ranker.trie.leaf_of[np.asarray(targets)], device=device)
+        nobody = torch.empty(0, dtype=torch.int64, device=device)
+        self.done = _Done(nobody, nobody, nobody.double(), nobody)
+        found = self._targets(targets)
+        self.pool = found[self._open(found)]
+        self._complete(found)
+
+    def run(self) -> None:
+        """Expand whatever reaches its user's threshold."""
+        while True:
+            bound = self.scoring.bound(self.pool.node, self.pool.score)
+            alive = bound >= self._threshold()[self.pool.user]
+            self.cut.scatter_reduce_(0, self.pool.user[~alive], bound[~alive], "amax")
+            self.pool, bound = self.pool[alive], bound[alive]
+            if not len(self.pool):
+                return
+            self.pool = self.walk.make_room(self.pool)
+            chosen = self._choose(bound)
+            rest = torch.ones(len(self.pool), dtype=torch.bool, device=self.walk.device)
+            rest[chosen] = False
+            found = self.walk.expand(self.pool[chosen])
+            self.pool = self.pool[rest] + found[self._open(found)]
+            self._complete(found)
+
+    def answer(self, user: int, candidates: Bools) -> Answer:
+        """What was found for a user."""
+        trie, done = self.ranker.trie, self.done[self.done.user == user]
+        nodes, node_scores = done.node.cpu().numpy(), done.score.cpu().numpy()
+        items = [trie.items[trie.item_start[n]:trie.item_start[n] + trie.n_complete[n]] for n in nodes]
+        items = [own[candidates[own]] for own in items]
+        scores: Floats = np.repeat(node_scores, [len(own) for own in items])
+        top_items, top_scores = best(np.concatenate(items), scores, int(self.k[user]))
+        rank = mid_rank(int(self.n_better[user]), int(self.n_equal[user]) - 1)
+        ranked = Ranked(rank=np.inf if bool(self._stopped()[user]) else rank, score=float(self.target[user]),
+                        n_candidates=int(self.candidates.total[user]), n_nodes=int(self.walk.n_forwarded[user]),
+                        top_items=top_items, top_scores=top_scores, bound=float(self.cut[user]))
+        return Answer(ranked, float(self.log_prob[user]), int(self.walk.lens[user]) + ranked.n_nodes)
+
+    def _targets(self, targets: Sequence[int]) -> Prefixes:
+        """Put the targets' lines through the model; sets the targets' scores, gives all children met on the way."""
+        paths = [torch.as_tensor(self.ranker.trie.path(t)[:-1], device=self.walk.device) for t in targets]
+        self.on_path = torch.nn.utils.rnn.pad_sequence(paths, batch_first=True, padding_value=-1)
+        found = self.walk.roots()
+        if self.on_path.shape[1]:
+            found = found + self.walk.expand_paths(found, paths)
+        leaves = found[found.node == self.leaf[found.user]]
+        self.log_prob = torch.zeros_like(self.kth)
+        self.log_prob[leaves.user] = leaves.score
+        self.target = self.scoring.own(self.leaf, self.log_prob)
+        if not bool(self.target.isfinite().all()):
+            raise CheckpointError(f"the model gives a target a log-probability of {float(self.log_prob.min())}; its "
+                                  f"weights are broken")
+        return found
+
+    def _open(self, found: Prefixes) -> Tensor:
+        """Which of the found nodes have candidates below them and were not put through the model with a target."""
+        _, below = self.candidates.count(found.user, found.node)
+        depth = self.tensors.depth[found.node] - 1
+        inside = depth < self.on_path.shape[1]
+        is_on_path = inside.clone()
+        is_on_path[inside] = self.on_path[found.user[inside], depth[inside]] == found.node[inside]
+        return (below > 0) & ~is_on_path
+
+    def _complete(self, found: Prefixes) -> None:
+        """Count the candidates that the found nodes complete, raise the users' K-th best, keep what may be listed."""
+        count, _ = self.candidates.count(found.user, found.node)
+        new = _Done(found.user, found.node, self.scoring.own(found.node, found.score), count.long())[count > 0]
+        target = self.target[new.user]
+        self.n_better.index_add_(0, new.user, new.count * (new.score > target))
+        self.n_equal.index_add_(0, new.user, new.count * (new.score == target))
+        new = new[new.score >= self.kth[new.user]]
+        done = _Done(*(torch.cat([getattr(self.done, f), getattr(new, f)]) for f in ("user", "node", "score", "count")))
+        done = done[torch.argsort(done.score, descending=True, stable=True)]
+        done = done[torch.argsort(done.user, stable=True)]
+        total = torch.zeros_like(self.n_better).index_add_(0, done.user, done.count)
+        so_far = done.count.cumsum(0) - (total.cumsum(0) - total)[done.user]
+        reached = so_far >= self.k[done.user]
+        self.kth.scatter_reduce_(0, done.user[reached], done.score[reached], "amax")
+        self.done = done[done.score >= self.kth[done.user]]
+
+    def _stopped(self) -> Tensor:
+        """Whose rank is known to be beyond what was asked for."""
+        up_to = self.ranker.rank_up_to
+        return torch.zeros_like(self.n_better, dtype=torch.bool) if up_to is None else self.n_better >= up_to
+
+    def _goal(self) -> Tensor:
+        return self.target.masked_fill(self._stopped(), torch.inf)
+
+    def _threshold(self) -> Tensor:
+        return torch.minimum(self._goal(), self.kth)
+
+    def _choose(self, bound: Tensor) -> Tensor:
+        """Places in the pool of the prefixes to expand next."""
+        user, most = self.pool.user, self.walk.max_nodes
+        sure = bound >= self._goal()[user]
+        chosen = sure.nonzero()[:, 0]
+        if len(chosen) >= most:
+            key = self.tensors.depth[self.pool.node[chosen]] * DEEPER + bound[chosen]
+            return chosen[key.topk(most).indices]
+        waits = torch.zeros(self.walk.n_users, dtype=torch.bool, device=self.walk.device)
+        waits[user[chosen]] = True
+        unsure = (~sure & ~waits[user]).nonzero()[:, 0]
+        unsure = unsure[torch.argsort(bound[unsure], descending=True, stable=True)]
+        unsure = unsure[torch.argsort(user[unsure], stable=True)]
+        counts = torch.bincount(user[unsure], minlength=self.walk.n_users)
+        place = torch.arange(len(unsure), device=unsure.device) - (counts.cumsum(0) - counts)[user[unsure]]
+        few = unsure[place < UNSURE_PER_USER]
+        return torch.cat([chosen, few[:most - len(chosen)]])
 
 
 @torch.inference_mode()
-def rank_query(model: PreTrainedModel, trie: Trie, prompt_ids: Sequence[int], target: int, candidates: Bools, *,
-               top_k: int = 10, max_nodes: int | None = None) -> Ranked:
-    """Exact mid-rank of item `target` among `candidates` (a mask over items), and their exact best `top_k`.
+def null_log_probs(model: PreTrainedModel, trie: Trie, prompt: Sequence[int]) -> Floats:
+    """Log-probability of the line that ends at each node after one prompt, by expanding the whole trie, deepest first.
 
-    The target is a candidate whatever the mask says. Items with equal token sequences share a node and so tie.
-    `max_nodes` bounds the prefixes per forward pass (default: by the vocabulary). Raises CheckpointError when the
-    model's log-probability of the target is not finite.
+    (nodes,); -inf where no line ends. Takes one token per inner node.
     """
-    candidates = candidates.copy()
-    candidates[target] = True
-    user = _User(model, trie, prompt_ids, candidates, max_nodes=max_nodes)
-    top_k = min(top_k, int(candidates.sum()))
-    slack = SLACK_NATS.get(model.dtype, COARSE_SLACK_NATS)
-    threshold, on_path = user.path_score(target) - slack, trie.path(target)
-    rise = _Rise(top_k, slack, highest=threshold)
+    walk = Walk(model, TrieTensors.of(trie, model.device), [prompt])
+    scores = torch.zeros(trie.n_nodes, dtype=torch.float64, device=walk.device)
+    found, waiting = walk.roots(), None
     while True:
-        found = user.search(threshold, always=on_path, rise=rise)
-        score = found.score_of(int(trie.leaf_of[target]))
-        kth = found.kth_best(user.n_complete, top_k)
-        if found.bound < min(score, kth):
-            return _result(found, user, target, score, top_k)
-        slack *= 2
-        kth_at_least = kth if found.bound < kth else max(kth, user.beam_bound(top_k))
-        threshold, rise = min(score, kth_at_least) - slack, _Rise(top_k, slack, highest=score - slack)
-
-
-@dataclass(frozen=True)
-class _Rise:
-    """How a search may raise its threshold: to `slack` below the k-th best found so far, but not above `highest`."""
-
-    k: int
-    slack: float
-    highest: float
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Completed nodes with their scores, and the score of the best prefix that was cut away (-inf: none was)."""
-
-    nodes: Ints
-    scores: Floats
-    bound: float
-
-    def score_of(self, node: int) -> float:
-        return float(self.scores[self.nodes == node][0])
-
-    def kth_best(self, n_complete: Ints, k: int) -> float:
-        """Score of the k-th best candidate found; -inf when fewer were found."""
-        return _kth_best(self.scores, n_complete[self.nodes], k)
-
-
-class _User:
-    """One query's prompt, put through the model once, and searches in the trie below it."""
-
-    def __init__(self, model: PreTrainedModel, trie: Trie, prompt_ids: Sequence[int], candidates: Bools, *,
-                 max_nodes: int | None) -> None:
-        self.model, self.trie, self.candidates = model, trie, candidates
-        self.n_complete, self.n_below = trie.count(candidates)
-        self.max_nodes = max_nodes or max(1, min(1024, LOGITS_PER_CHUNK // model.config.vocab_size))
-        self.n_forwarded = 0
-        self.state = TreeState()
-        self._root = self._logits(prompt_ids, np.arange(len(prompt_ids)), last_only=True)
-
-    def path_score(self, item: int) -> float:
-        """Log-probability of the item's line, by teacher forcing."""
-        nodes = self.trie.path(item)
-        tokens = self.trie.token[nodes]
-        logits = self._root
-        if len(nodes) > 1:
-            self.state.enter_path()
-            self.n_forwarded += len(nodes) - 1
-            after = self._logits(tokens[:-1], self.state.prompt_len + np.arange(len(nodes) - 1))
-            logits = torch.cat([logits, after])
-        score = float(_log_probs(logits, np.arange(len(nodes)), tokens).sum())
-        if not np.isfinite(score):
-            raise CheckpointError(f"the model gives item {item} a log-probability of {score}; its weights are broken")
-        return score
-
-    def search(self, threshold: float, *, always: Ints | None = None, rise: _Rise | None = None,
-               width: int | None = None) -> _Found:
-        """Every completed node whose prefixes all score at least `threshold` or lie in `always`.
-
-        `width` cuts each level to its best (a beam: what is found is then only part of it).
-        """
-        self.state.restart()
-        nodes, scores, rows = np.zeros(1, np.int64), np.zeros(1), np.zeros(1, np.int64)
-        done_nodes, done_scores, bound = np.zeros(0, np.int64), np.zeros(0), -np.inf
-        while len(nodes):
-            children, parents, child_scores = self._expand(nodes, scores, rows)
-            complete = self.n_complete[children] > 0
-            done_nodes = np.concatenate([done_nodes, children[complete]])
-            done_scores = np.concatenate([done_scores, child_scores[complete]])
-            if rise is not None and rise.highest > threshold:
-                kth = _kth_best(done_scores, self.n_complete[done_nodes], rise.k)
-                threshold = max(threshold, min(rise.highest, kth - rise.slack))
-            open_ = self.n_below[children] > 0
-            keep = open_ & (child_scores >= threshold)
-            if always is not None:
-                keep |= np.isin(children, always) & open_
-            if width is not None and keep.sum() > width:
-                keep &= child_scores >= np.partition(child_scores[keep], -width)[-width]
-            bound = max(bound, float(child_scores[open_ & ~keep].max(initial=-np.inf)))
-            nodes, scores, rows = children[keep], child_scores[keep], parents[keep]
-        return _Found(done_nodes, done_scores, bound)
-
-    def beam_bound(self, k: int) -> float:
-        """A score that the k-th best candidate reaches at least: the k-th best that a beam search finds."""
-        found = self.search(-np.inf, width=BEAMS_PER_TOP_ITEM * k)
-        return found.kth_best(self.n_complete, k)
-
-    def _expand(self, nodes: Ints, scores: Floats, rows: Ints) -> tuple[Ints, Ints, Floats]:
-        """Children of the nodes of one level, the place of each one's parent among them, and their scores.
-
-        `rows`: for each node, the place of its own parent in the level before.
-        """
-        children, parents = self.trie.children(nodes)
-        tokens, depth = self.trie.token[children], int(self.trie.depth[nodes[0]])
-        log_probs = np.empty(len(children))
-        if depth == 0:
-            log_probs[:] = _log_probs(self._root, parents, tokens)
-        else:
-            for start in range(0, len(nodes), self.max_nodes):
-                chunk = slice(start, start + self.max_nodes)
-                its = slice(*np.searchsorted(parents, [start, start + self.max_nodes]))
-                self.state.enter_nodes(torch.as_tensor(rows[chunk], device=self.model.device))
-                position = np.full(len(nodes[chunk]), self.state.prompt_len + depth - 1)
-                after = self._logits(self.trie.token[nodes[chunk]], position)
-                log_probs[its] = _log_probs(after, parents[its] - start, tokens[its])
-            self.state.finish_level()
-            self.n_forwarded += len(nodes)
-        # rounding may put a log-probability above 0; the bound needs that no score ever rises
-        return children, parents, scores[parents] + np.minimum(log_probs, 0.0)
-
-    def _logits(self, tokens: Sequence[int] | Ints, positions: Ints, *, last_only: bool = False) -> torch.Tensor:
-        """Logits of the next token after each token (or after the last): (n, vocabulary), float32 or better."""
-        device = self.model.device
-        logits: torch.Tensor = self.model(
-            input_ids=torch.as_tensor(np.asarray(tokens), device=device)[None],
-            position_ids=torch.as_tensor(positions, device=device)[None],
-            use_cache=False, logits_to_keep=1 if last_only else 0, tree_state=self.state).logits[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _log_probs(logits: torch.Tensor, rows: Ints, tokens: Ints) -> Floats:
-    """Log-probability of `tokens[i]` in row `rows[i]`, softmax over the full vocabulary; the rest never leaves."""
-    at, token = (torch.as_tensor(x, device=logits.device) for x in (rows, tokens))
-    picked = logits[at, token].double() - logits.logsumexp(dim=-1).double()[at]
-    values: Floats = picked.cpu().numpy()
+        scores[found.node] = found.score
+        found = found[walk.trie.n_children[found.node] > 0]
+        waiting = found if waiting is None else waiting + found  # the deepest last
+        if not len(waiting):
+            break
+        waiting = walk.make_room(waiting)
+        at = torch.arange(len(waiting), device=walk.device)
+        found = walk.expand(waiting[at[-walk.max_nodes:]])
+        waiting = waiting[at[:-walk.max_nodes]]
+    values: Floats = np.where(trie.n_complete > 0, scores.cpu().numpy(), -np.inf)
     return values
-
-
-def _kth_best(scores: Floats, counts: Ints, k: int) -> float:
-    """Score of the k-th best of items, `counts` of which have each score; -inf when there are fewer than k."""
-    order = np.argsort(-scores, kind="stable")
-    place = int(np.searchsorted(np.cumsum(counts[order]), k))
-    return float(scores[order[place]]) if place < len(order) else -np.inf
-
-
-def _result(found: _Found, user: _User, target: int, score: float, top_k: int) -> Ranked:
-    """The rank and the top list of a search that proved both."""
-    counts = user.n_complete[found.nodes]
-    n_better = int(counts[found.scores > score].sum())
-    n_equal = int(counts[found.scores == score].sum()) - 1
-    kth = _kth_best(found.scores, counts, top_k)
-    listed = found.nodes[found.scores >= kth]
-    trie = user.trie
-    items = [trie.items[trie.item_start[n]:trie.item_start[n] + trie.n_complete[n]] for n in listed]
-    items = [own[user.candidates[own]] for own in items]
-    item_scores = np.repeat(found.scores[found.scores >= kth], [len(own) for own in items])
-    top_items, top_scores = best(np.concatenate(items), item_scores, top_k)
-    return Ranked(rank=mid_rank(n_better, n_equal), score=score, n_candidates=int(user.candidates.sum()),
-                  n_nodes=user.n_forwarded, top_items=top_items, top_scores=top_scores, bound=found.bound)

@@ -22,6 +22,7 @@ DIGITS = {"NLL": 3, "bits/byte": 3, "ARP@10": 1}
 """Places behind the point; 4 for all others."""
 OTHER_METRICS = tuple(m for m in METRICS if m not in TABLE_METRICS)
 SLICED = "NDCG@10"
+PICTURED = ("HR@10", "NDCG@10")
 METRICS_PICTURE, DIFFERENCES_PICTURE = "metrics.png", "differences.png"
 STYLE = ("body{font:15px/1.45 sans-serif;margin:2em auto;max-width:75em;padding:0 1em}table{border-collapse:collapse;"
          "font-size:13px}td,th{border:1px solid #ccc;padding:.2em .6em}tr:nth-child(even){background:#f6f6f6}")
@@ -40,8 +41,9 @@ def write_report(report: Report, folder: str | Path) -> None:
 
 def to_markdown(report: Report) -> str:
     """The report as Markdown: how it was made, a table per metric, slices, differences. It names the pictures."""
-    lines = ["# Ranking", "", _conditions(report), "", *(f"- {e.line}" for e in report.models), "",
-             f"![HR@10 and NDCG@10 with their intervals]({METRICS_PICTURE})"]
+    lines = ["# Ranking", "", _conditions(report), "", *(f"- {e.line}" for e in report.models)]
+    if any(c.metric in PICTURED for c in report.cells):
+        lines += ["", f"![{' and '.join(PICTURED)} with their intervals]({METRICS_PICTURE})"]
     for metric in TABLE_METRICS:
         lines += ["", f"## {metric}", "", f"{_explained(metric)}.", "", *_as_table(_table(report, report.rows, metric))]
     lines += ["", "## Other measures", "", _OTHERS, "", *_as_table(_others(report))]
@@ -89,12 +91,15 @@ def _draw(report: Report, out: Path) -> None:
     shown = [row for row in report.rows if row.is_macro] or report.rows
     panels, chance = {}, {}
     for row in shown:
-        for metric in ("HR@10", "NDCG@10"):
+        for metric in PICTURED:
             title = f"{metric}, {row.name}\n{row.n_users} users, {row.n_items} items"
-            panels[title] = [Mark(c.model, c.mean, c.low, c.high) for c in _cells_of(report, row, metric)]
+            marks = [Mark(c.model, c.mean, c.low, c.high) for c in _cells_of(report, row, metric)]
+            if marks:
+                panels[title] = marks
             if metric == "HR@10":
                 chance[title] = row.chance_hr10
-    plot_marks(panels, out / METRICS_PICTURE, lines=chance)
+    if panels:
+        plot_marks(panels, out / METRICS_PICTURE, lines=chance)
     compared = [d for d in report.differences if d.metric == COMPARED[0]]
     if compared:
         names = dict.fromkeys(d.model for d in compared)
@@ -118,9 +123,10 @@ def _table(report: Report, rows: Iterable[Row], metric: str) -> list[list[str]]:
 
 
 _OTHERS = (
-    "Means. AUC: share of the other candidates that the target beats. bits/byte: of the target's line, whatever the "
-    "tokenizer. ARP@10: training events of the ten best items. valid: answers that name an item of the catalogue, 1 by "
-    "construction where it is ranked. coverage: share of the catalogue in somebody's ten best.")
+    "Means; - where a measure is not defined for all answers. AUC: share of the other candidates that the target "
+    "beats; none where ranks are infinite. bits/byte: of the target's line, whatever the tokenizer. ARP@10: training "
+    "events of the ten best items. valid: generated texts that are lines of the catalogue as they stand, 1 by "
+    "construction where lines are ranked. coverage: share of the catalogue in somebody's ten best.")
 
 
 def _others(report: Report) -> list[list[str]]:
@@ -132,7 +138,7 @@ def _others(report: Report) -> list[list[str]]:
             cells = {c.metric: c for c in report.cells if (c.row, c.model) == (row.name, entry.name)}
             table.append([row.name, str(row.n_queries), str(row.n_items), str(row.n_users), entry.name,
                           *(_rounded(m, cells[m].mean) if m in cells else "-" for m in OTHER_METRICS),
-                          f"{covered[row.name, entry.name]:.4f}"])
+                          f"{covered[row.name, entry.name]:.4f}" if (row.name, entry.name) in covered else "-"])
     return table
 
 
@@ -166,14 +172,18 @@ def _signed(d: Versus) -> str:
 
 
 def _conditions(report: Report) -> str:
-    target = {"first": "first event after the test clock", "last": "last event"}.get(report.target, report.target)
+    target = {"first": "first event after the test clock", "last": "last event", "successive": "every event after the "
+              "test clock, one after the other", "leave_one_out": "every user's last event, which LEAKS: training "
+              "corpora hold later events, and the last ones of users who were quiet after the clock"}[report.target]
     seen = {"exclude": "items seen before are no candidates", "include": "items seen before are candidates"}
     regime = {"overlap": "users may occur in the training window (never after its clock)",
               "disjoint": "users of unseen domains' queries occur in no training corpus"}
     limited = "" if report.limit is None else f" Only the first {report.limit} queries of each domain."
     orders = "" if report.n_query_sets == 1 else f" {report.n_query_sets} orders of tied events, a seed each."
     power = "; ".join(f"{row.name}: {row.detectable_hr10:.4f}" for row in report.rows)
-    return (f"Full catalogue, exact ranks, ties count half. Target: {target}; {seen[report.seen]}; "
+    how = "Full catalogue, exact ranks" if report.protocol == "full" else f"Protocol {report.protocol}"
+    warm = "" if report.items == "all" else "; only items of the training window are candidates"
+    return (f"{how}, ties count half. Target: {target}; {seen[report.seen]}{warm}; "
             f"{regime[report.regime]}. Clock: validation from {report.split['t_valid']} ms, test from "
             f"{report.split['t_test']} ms (split {report.split_hash[:8]}).{limited}{orders} Detectable difference in "
             f"HR@10 (80 % power, 8 % of users discordant): {power}.")

@@ -3,12 +3,15 @@
 reads: a Hugging Face folder (or a baseline's name), a queries folder. writes, below `out`:
 
     inputs.json                          what is evaluated, first: asking for something else here is an error
-    parts/<domain>.<rank>of<n>.parquet   each process's share of a domain, finished by a rename
+    negatives/<domain>.parquet           the candidates of a sampled protocol, the same for every model
     <domain>.tuning.json                 of a tuned baseline: the settings tried on validation, best first
+    parts/<domain>.<part>.parquet        QUERIES_PER_PART queries each, finished by a rename
     <domain>.parquet                     all results of a domain, in the order of its queries
     manifest.json                        last: `out` is finished
 
-costs: see `cprec.eval.rank`; a kill loses at most one domain's part per process. Process r takes queries r, r + n, ...
+costs: see `cprec.eval.rank`; every process holds the queries of all domains, and fits a baseline to those that it has
+parts of. A kill loses at most one part per process. Process r takes the parts r, r + n, ...; the same command goes on
+with any number of processes.
 """
 
 from __future__ import annotations
@@ -17,37 +20,38 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from cprec import dist
 from cprec.errors import ConfigError, DataError, did_you_mean, raise_all
-from cprec.eval.baselines import BASELINES, Trial, baseline_hash, fit_baseline, rank_by_baseline
-from cprec.eval.controls import CONTROLS
-from cprec.eval.metrics import Ranked
-from cprec.eval.queries import DomainQueries, Prompts, encode_lines, load_queries
-from cprec.eval.rank import rank_query
+from cprec.eval.baselines import BASELINES, TRAINED, Baseline, Trial, baseline_hash, fit_baseline
+from cprec.eval.controls import CONTROLS, chosen_queries, controlled
+from cprec.eval.metrics import Floats, hits_at, ndcg_at
+from cprec.eval.protocols import Protocol, expected_metric, negatives, parse_protocol
+from cprec.eval.queries import DomainQueries, Seen, load_queries
+from cprec.eval.rankers import DTYPES, Answered, Answerer, load_model, parse_scoring
 from cprec.eval.results import INPUTS, RESULT_SCHEMA, DomainSummary, EvalInputs, EvalManifest, read_evaluation
 from cprec.eval.stats import power_line
-from cprec.eval.tree_attention import TREE_ATTENTION
-from cprec.eval.trie import build_trie
 from cprec.format import MANIFEST, QueriesManifest, file_hash, read_queries_manifest, write_atomically
 from cprec.log import get_logger, progress
-from cprec.model import load_for_inference
-from cprec.template import Template
-from cprec.tokenizer import Tokenizer, load_tokenizer
+from cprec.tokenizer import load_tokenizer
 
 log = get_logger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SECONDS = b"cprec.seconds"
+QUERIES_PER_PART = 16
+EXPECTED: dict[str, Callable[[Floats], Floats]] = {
+    "HR@1": partial(hits_at, 1), "HR@10": partial(hits_at, 10), "NDCG@10": partial(ndcg_at, 10)}
+"""What sampled candidates are compared in with what the full ranks make one expect."""
 WEIGHTS = ("config.json", "tokenizer.json", "tokenizer.model", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -64,6 +68,16 @@ class EvalOptions:
     """Only the first so many queries of each domain."""
     dtype: str = "float32"
     top_k: int = 10
+    protocol: str = "full"
+    """See `cprec.eval.protocols`."""
+    scoring: str = "sum"
+    """See `cprec.eval.rankers.parse_scoring`."""
+    rank_up_to: int | None = None
+    """Ranks beyond need not be told apart; the top list stays exact."""
+    seen: Seen | None = None
+    """Whether items had before are candidates; None: as the queries were frozen."""
+    items: Literal["all", "warm"] = "all"
+    """`warm`: only items of the training window are candidates or targets."""
     control: str | None = None
     """Name of what to do to the queries first, see `cprec.eval.controls`."""
     seed: int = 0
@@ -89,13 +103,16 @@ def evaluate(options: EvalOptions) -> EvalManifest:
     (out / "parts").mkdir(parents=True, exist_ok=True)
     if dist.rank() == 0:
         write_atomically(out / INPUTS, inputs.model_dump_json(indent=1))
-        for domain in inputs.domains:
-            n = queries.n_queries[domain]
-            log.info("%s: %s", domain, power_line(n if options.limit is None else min(n, options.limit)))
-    _rank_missing_parts(options, inputs, queries.template, model_folder, out)
+    domains = {d: _queries_of(inputs, queries, d) for d in inputs.domains}
+    if dist.rank() == 0:
+        for domain, of_domain in domains.items():
+            log.info("%s: %s", domain, power_line(len(set(of_domain.user_ids))))
+        if parse_protocol(options.protocol).is_sampled:
+            _write_negatives(out, parse_protocol(options.protocol), domains, seed=queries.seed)
+    _rank_missing_parts(options, domains, queries, model_folder, out)
     dist.barrier()
     if dist.rank() == 0:
-        _merge(out, inputs, queries)
+        _merge(out, inputs, domains, queries)
     dist.barrier()
     return read_evaluation(out)
 
@@ -114,9 +131,32 @@ def _problems(options: EvalOptions, queries: QueriesManifest) -> list[str]:
         problems.append(f"limit={options.limit}: give at least 1 query per domain")
     if options.top_k < 1:
         problems.append(f"top_k={options.top_k}: give at least 1")
+    if options.rank_up_to is not None and options.rank_up_to < 1:
+        problems.append(f"rank_up_to={options.rank_up_to}: give at least 1")
     problems += [f"domain {d!r} is not among the queries; {did_you_mean(d, queries.domains)}"
                  for d in options.domains or [] if d not in queries.domains]
-    return problems
+    try:
+        return problems + list(_contradictions(options))
+    except ConfigError as e:
+        return [*problems, str(e)]
+
+
+def _contradictions(options: EvalOptions) -> Iterator[str]:
+    """Options that mean nothing together. Raises ConfigError for a protocol or scoring that is none."""
+    protocol, scoring = parse_protocol(options.protocol), parse_scoring(options.scoring)
+    is_searched = options.baseline is None and protocol.kind in ("full", "uniform", "popularity")
+    if options.baseline is not None and protocol.kind in ("choice", "beam", "open"):
+        yield f"protocol={protocol}: a baseline has no text; give full, uniform-M or popularity-M"
+    if scoring.kind != "sum" and not is_searched:
+        yield f"scoring={scoring}: only the exact search of a model scores in more than one way"
+    if scoring.kind == "pmi" and options.control == "no-history":
+        yield f"scoring={scoring} subtracts what is known without a history, and control=no-history shows nothing else"
+    if options.rank_up_to is not None and not is_searched:
+        yield f"rank_up_to={options.rank_up_to}: only the exact search of a model can stop early"
+    if options.baseline is not None and options.dtype != "float32":
+        yield f"dtype={options.dtype}: a baseline has none"
+    if options.seed != 0 and options.baseline not in TRAINED:
+        yield f"seed={options.seed}: only of a baseline that is trained ({', '.join(TRAINED)})"
 
 
 def _local_folder(model: str) -> Path:
@@ -142,8 +182,9 @@ def _inputs(options: EvalOptions, queries: QueriesManifest, model_folder: Path |
         tokenizer_fingerprint="" if model_folder is None else load_tokenizer(str(model_folder)).fingerprint,
         queries=options.queries, queries_hash=file_hash(Path(options.queries) / MANIFEST),
         domains=[d for d in queries.domains if options.domains is None or d in options.domains], limit=options.limit,
-        dtype="" if model_folder is None else options.dtype, top_k=options.top_k,
-        control=options.control)
+        dtype="" if model_folder is None else options.dtype, top_k=options.top_k, control=options.control,
+        protocol=options.protocol, scoring=options.scoring, rank_up_to=options.rank_up_to,
+        seen=options.seen or queries.seen, items=options.items)
 
 
 def _model_hash(folder: Path) -> str:
@@ -171,88 +212,84 @@ def _refuse_other_inputs(out: Path, inputs: EvalInputs) -> None:
                         f"{inputs.queries} (there / asked for: {'; '.join(different)}); give another --out")
 
 
-Answer = tuple[Ranked, int]
-"""A ranked query, and how many of its history's items its prompt left out."""
-Ranker = Callable[[DomainQueries], Callable[[int], Answer]]
-"""Prepares for a domain and gives what answers its query i."""
+def _queries_of(inputs: EvalInputs, manifest: QueriesManifest, domain: str) -> DomainQueries:
+    """The domain's queries under the filter and control asked for. Raises DataError when none is left."""
+    frozen = load_queries(inputs.queries, domain)
+    left = chosen_queries(frozen, inputs.model_copy(update={"limit": None}), manifest.split)
+    if len(left) < len(frozen):
+        log.info("%s: %d of %d queries are left out, because the filter takes their target away", domain,
+                 len(frozen) - len(left), len(frozen))
+    if not len(left):
+        raise DataError(f"{domain}: the filter (seen={inputs.seen}, items={inputs.items}) leaves none of its "
+                        f"{len(frozen)} queries a target; leave the domain out, or filter less")
+    return controlled(left.head(inputs.limit), inputs.control)
 
 
-def _model_ranker(folder: Path, template: Template, options: EvalOptions) -> Ranker:
-    device = dist.device()
-    model = load_for_inference(str(folder), attention=TREE_ATTENTION, dtype=DTYPES[options.dtype], device=device)
-    tokenizer = load_tokenizer(str(folder))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1}, the model knows "
-                          f"{model.config.vocab_size}; they do not belong together")
-
-    def for_domain(queries: DomainQueries) -> Callable[[int], Answer]:
-        prompts, lines = _prompts(queries, template, tokenizer, int(model.config.max_position_embeddings))
-        trie = build_trie(lines)
-
-        def answer(i: int) -> Answer:
-            prompt = prompts.prompt(queries.histories[i])
-            ranked = rank_query(model, trie, prompt.ids, int(queries.targets[i]), queries.candidates(i),
-                                top_k=options.top_k)
-            return ranked, prompt.n_dropped
-        return answer
-    return for_domain
+def _write_negatives(out: Path, protocol: Protocol, domains: Mapping[str, DomainQueries], *, seed: int) -> None:
+    """Keep what was drawn, for whoever wants to rank the same candidates with something else."""
+    (out / "negatives").mkdir(exist_ok=True)
+    for domain, queries in domains.items():
+        drawn = [negatives(protocol, queries, i, seed=seed) for i in range(len(queries))]
+        table = pa.table({"user_id": queries.user_ids, "target": queries.targets,
+                          "negatives": pa.array(drawn, pa.list_(pa.int32()))})
+        _write(table, out / "negatives" / f"{domain}.parquet")
 
 
-def _prompts(queries: DomainQueries, template: Template, tokenizer: Tokenizer,
-             context: int) -> tuple[Prompts, list[list[int]]]:
-    """Prompts that leave room for the longest line of the catalogue, and the lines."""
-    lines = encode_lines(template, tokenizer, queries.catalogue.lines)
-    return Prompts(template, tokenizer, lines, max_tokens=context - max(len(line) for line in lines)), lines
+def _parts(queries: DomainQueries) -> list[range]:
+    n = len(queries)
+    return [range(start, min(start + QUERIES_PER_PART, n)) for start in range(0, n, QUERIES_PER_PART)]
 
 
-def _baseline_ranker(name: str, options: EvalOptions) -> Ranker:
-    def for_domain(queries: DomainQueries) -> Callable[[int], Answer]:
-        fitted = fit_baseline(name, options.queries, queries, seed=options.seed)
-        if fitted.tried and dist.rank() == 0:
-            tried = TypeAdapter(tuple[Trial, ...]).dump_json(fitted.tried, indent=1).decode()
-            write_atomically(Path(options.out) / f"{queries.domain}.tuning.json", tried)
-        return lambda i: (rank_by_baseline(fitted.score, queries, i, top_k=options.top_k), 0)
-    return for_domain
-
-
-def _rank_missing_parts(options: EvalOptions, inputs: EvalInputs, template: Template, model_folder: Path | None,
-                        out: Path) -> None:
-    """Write this process's part of every domain that lacks it; the model is loaded only if one does."""
-    missing = [d for d in inputs.domains if not _part(out, d, dist.rank()).is_file()]
-    if len(missing) < len(inputs.domains):
-        log.info("%d of %d domains are done from before", len(inputs.domains) - len(missing), len(inputs.domains))
-    if not missing:
+def _rank_missing_parts(options: EvalOptions, domains: Mapping[str, DomainQueries], manifest: QueriesManifest,
+                        model_folder: Path | None, out: Path) -> None:
+    """Write what is missing of this process's parts; the model is loaded only if one is."""
+    everything = [(d, p) for d, q in domains.items() for p in range(len(_parts(q)))]
+    missing = [(d, p) for d, p in everything[dist.rank()::dist.world_size()] if not _part(out, d, p).is_file()]
+    mine = {domain: [p for d, p in missing if d == domain] for domain in domains}
+    n_missing, n_all = len(missing), len(everything)
+    log.info("process %d ranks %d of %d parts of %d queries", dist.rank(), n_missing, n_all, QUERIES_PER_PART)
+    if not n_missing:
         return
-    ranker = (_baseline_ranker(str(options.baseline), options) if model_folder is None
-              else _model_ranker(model_folder, template, options))
-    for domain in missing:
-        queries = load_queries(options.queries, domain).head(options.limit)
-        if options.control is not None:
-            queries = CONTROLS[options.control](queries)
-        start_s = time.monotonic()
-        table = _rank_domain(queries, ranker(queries), has_nll=model_folder is not None)
-        seconds = f"{time.monotonic() - start_s:.3f}".encode()
-        _write(table.replace_schema_metadata({SECONDS: seconds}), _part(out, domain, dist.rank()))
+
+    def fit(queries: DomainQueries) -> Baseline:
+        return _fit(options, queries, out if 0 in mine[queries.domain] else None)
+
+    answerer = Answerer(options.protocol, options.scoring, template=manifest.template, seed=manifest.seed,
+                        top_k=options.top_k, rank_up_to=options.rank_up_to,
+                        by=fit if model_folder is None else load_model(model_folder, options.protocol, options.dtype))
+    for domain in (d for d in domains if mine[d]):
+        queries, parts = domains[domain], _parts(domains[domain])
+        answer = answerer.of_domain(queries)
+        for p in progress(mine[domain], total=len(mine[domain]), label=f"rank {domain}", unit="part"):
+            start_s = time.monotonic()
+            table = _table(queries, parts[p], answer(parts[p]))
+            seconds = f"{time.monotonic() - start_s:.3f}".encode()
+            _write(table.replace_schema_metadata({SECONDS: seconds}), _part(out, domain, p))
 
 
-def _rank_domain(queries: DomainQueries, answer: Callable[[int], Answer], *, has_nll: bool) -> pa.Table:
-    """Results of this process's queries, one row each."""
-    mine = range(dist.rank(), len(queries), dist.world_size())
-    rows = []
-    for i in progress(mine, total=len(mine), label=f"rank {queries.domain}", unit="user"):
-        ranked, n_dropped = answer(i)
-        assert ranked.certified, f"query {i} of {queries.domain} came back without its proof"
-        rows.append({
-            "user_id": queries.user_ids[i], "rank": ranked.rank, "n_candidates": ranked.n_candidates,
-            "nll": -ranked.score if has_nll else None, "n_nodes": ranked.n_nodes, "certified": ranked.certified,
-            "top10": ranked.top_items.tolist(), "is_repeat": bool(queries.is_repeat[i]),
-            "is_cold": bool(queries.is_cold[i]), "n_dropped": n_dropped,
-        })
+def _fit(options: EvalOptions, queries: DomainQueries, out: Path | None) -> Baseline:
+    """The baseline, fitted to the domain; what was tried is written below `out`, which one process is given."""
+    fitted = fit_baseline(str(options.baseline), options.queries, queries, seed=options.seed)
+    if fitted.tried and out is not None:
+        tried = TypeAdapter(tuple[Trial, ...]).dump_json(fitted.tried, indent=1).decode()
+        write_atomically(out / f"{queries.domain}.tuning.json", tried)
+    return fitted.score
+
+
+def _table(queries: DomainQueries, numbers: Sequence[int], answers: Sequence[Answered]) -> pa.Table:
+    """Results of these queries, one row each."""
+    rows = [{
+        "user_id": queries.user_ids[i], "rank": a.ranked.rank, "n_candidates": a.ranked.n_candidates, "nll": a.nll,
+        "n_nodes": a.ranked.n_nodes, "certified": a.certified, "top10": a.ranked.top_items.tolist(),
+        "is_repeat": bool(queries.is_repeat[i]), "is_cold": bool(queries.is_cold[i]), "n_dropped": a.n_dropped,
+        "score": a.ranked.score, "top_scores": a.ranked.top_scores.tolist(), "bound": a.ranked.bound,
+        "n_tokens": a.n_tokens, "valid_share": a.valid_share,
+    } for i, a in zip(numbers, answers, strict=True)]
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
 
 
-def _part(out: Path, domain: str, rank: int) -> Path:
-    return out / "parts" / f"{domain}.{rank}of{dist.world_size()}.parquet"
+def _part(out: Path, domain: str, part: int) -> Path:
+    return out / "parts" / f"{domain}.{part:05d}.parquet"
 
 
 def _write(table: pa.Table, path: Path) -> None:
@@ -261,32 +298,68 @@ def _write(table: pa.Table, path: Path) -> None:
     partial.replace(path)
 
 
-def _merge(out: Path, inputs: EvalInputs, queries: QueriesManifest) -> None:
-    """Put every domain's parts back into the queries' order, then write the manifest."""
+def _merge(out: Path, inputs: EvalInputs, domains: Mapping[str, DomainQueries], manifest: QueriesManifest) -> None:
+    """Put every domain's parts together, then write the manifest."""
     summaries = {}
-    for domain in inputs.domains:
-        parts = [pq.read_table(_part(out, domain, r), partitioning=None) for r in range(dist.world_size())]
-        # row j of part r is query r + j * world_size
-        order = np.argsort(np.concatenate([r + np.arange(len(p)) * len(parts) for r, p in enumerate(parts)]))
+    for domain, queries in domains.items():
+        parts = [pq.read_table(_part(out, domain, p), partitioning=None) for p in range(len(_parts(queries)))]
         seconds = sum(float(p.schema.metadata[SECONDS]) for p in parts)
-        table = pa.concat_tables([p.replace_schema_metadata(None) for p in parts]).take(pa.array(order))
+        table = pa.concat_tables([p.replace_schema_metadata(None) for p in parts])
         _write(table, out / f"{domain}.parquet")
-        summaries[domain] = _summary(table, queries, domain, seconds)
-    manifest = EvalManifest(
-        inputs=inputs, domains=summaries, template=queries.template, split=queries.split, split_hash=queries.split_hash,
-        regime=queries.regime, target=queries.target, seen=queries.seen, world_size=dist.world_size(),
-        versions=dict(_versions()))
-    write_atomically(out / MANIFEST, manifest.model_dump_json(indent=1))
+        summaries[domain] = _summary(table, manifest, domain, seconds)
+    made = EvalManifest(
+        inputs=inputs, domains=summaries, template=manifest.template, split=manifest.split,
+        split_hash=manifest.split_hash, regime=manifest.regime, target=manifest.target, seen=inputs.seen,
+        world_size=dist.world_size(), versions=dict(_versions()))
+    write_atomically(out / MANIFEST, made.model_dump_json(indent=1))
 
 
-def _summary(table: pa.Table, queries: QueriesManifest, domain: str, seconds: float) -> DomainSummary:
-    column = {name: table[name].to_numpy() for name in ("n_nodes", "certified", "n_dropped")}
+def _summary(table: pa.Table, manifest: QueriesManifest, domain: str, seconds: float) -> DomainSummary:
+    column = {name: table[name].to_numpy() for name in ("n_nodes", "certified", "n_dropped", "n_tokens")}
     n_cut = int((column["n_dropped"] > 0).sum())
     log.info("%s: %d queries, %.0f trie prefixes each, %d histories cut to the model's context, %.1f s", domain,
              len(table), column["n_nodes"].mean(), n_cut, seconds)
-    return DomainSummary(kind=queries.domains[domain], n_queries=len(table), n_items=queries.n_items[domain],
+    return DomainSummary(kind=manifest.domains[domain], n_queries=len(table), n_items=manifest.n_items[domain],
                          n_nodes=int(column["n_nodes"].sum()), n_certified=int(column["certified"].sum()),
-                         n_histories_cut=n_cut, seconds=seconds)
+                         n_histories_cut=n_cut, n_tokens=int(column["n_tokens"].sum()), seconds=seconds)
+
+
+def refuse_full(options: EvalOptions, full: str) -> None:
+    """Raise before anything is ranked where no expectation could be set beside it: ConfigError for a protocol that has
+    none, DataError where there is no finished full ranking."""
+    if parse_protocol(options.protocol).kind != "uniform":
+        raise ConfigError(f"full={full}: protocol={options.protocol} has no expectation that follows from full ranks; "
+                          f"give protocol=uniform-M, or leave --full out")
+    if read_evaluation(full).inputs.protocol != "full":
+        raise DataError(f"{full} holds no full ranking but {read_evaluation(full).inputs.protocol}; give that of the "
+                        f"same model with protocol full")
+
+
+def expectation(full: str, sampled_out: str) -> str:
+    """A text that sets sampled HR@k and NDCG@k beside what the same model's full ranks make one expect, per domain.
+
+    A rank says what is better, not what is equal: of a target that ties with many others, as in baselines that count,
+    the expectation is that of half as many better ones. Raises DataError when the folders are not of the same model and
+    queries, or not of these protocols.
+    """
+    whole, drawn = read_evaluation(full), read_evaluation(sampled_out)
+    protocol = parse_protocol(drawn.inputs.protocol)
+    different = [d for d in whole.inputs.differs(drawn.inputs) if not d.startswith("protocol")]
+    if protocol.kind != "uniform" or whole.inputs.protocol != "full" or whole.inputs.rank_up_to or different:
+        raise DataError(f"{full} and {sampled_out} cannot be compared: the one has to be protocol full with exact "
+                        f"ranks, the other uniform-M, of the same model and queries "
+                        f"({whole.inputs.protocol} / {protocol}; {'; '.join(different)})")
+    lines = [f"{protocol}, measured and (expected from the full ranks; exact where few candidates tie with a target)"]
+    for domain in drawn.domains:
+        ranks = pq.read_table(Path(full) / f"{domain}.parquet")
+        found = pq.read_table(Path(sampled_out) / f"{domain}.parquet")["rank"].to_numpy()
+        cells = []
+        for name, value_at in EXPECTED.items():
+            expected = [expected_metric(value_at, r, n, protocol.n)
+                        for r, n in zip(ranks["rank"].to_pylist(), ranks["n_candidates"].to_pylist(), strict=True)]
+            cells.append(f"{name} {value_at(found).mean():.4f} ({np.mean(expected):.4f})")
+        lines.append(f"  {domain}: {', '.join(cells)}")
+    return "\n".join(lines)
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -1,20 +1,24 @@
-"""Attention of trie nodes: each sees one shared prompt and its own ancestors, and the prompt is never copied.
+"""Attention of trie prefixes of many users at once: each sees its user's prompt and its own ancestors, nothing else.
 
-reads: nothing. writes: nothing. costs: keys and values of the prompt and of one level of the trie, on the model's
-device; the scores of one chunk of nodes, `n_nodes * n_heads * (prompt + depth)` numbers.
+reads: nothing. writes: nothing. costs: keys and values of every prompt, padded to the longest, and of the prefixes that
+are kept (`2 * layers * kv_heads * head_dim` numbers each), on the model's device.
 
 The module registers itself with transformers under `TREE_ATTENTION`; a model loaded with that attention takes the
-keyword `tree_state`, which says what the tokens of the call are:
+keyword `tree_state`, whose `call` says what the tokens of the call are:
 
-    prompt   one text, causal; its keys and values are stored
-    path     the next tokens after the prompt, causal among themselves; nothing is stored
-    nodes    nodes of one depth that do not see each other, only the prompt, their ancestors and themselves
+    PromptCall   the users' prompts one after the other, each causal; keys and values are stored, padded
+    NodesCall    prefixes in any order; each writes its key and value to a slot, and sees the slots on its path
+
+A prefix and its ancestors may be in one call, since all slots are written before any is read. No prompt is copied per
+prefix: prefixes of one user are put together in blocks, and a block meets its prompt in one matrix product. The two
+parts, prompt and path, are joined by their log-sum-exp, as in cascade attention.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,45 +28,75 @@ from cprec.attention import register
 from cprec.errors import ConfigError
 
 TREE_ATTENTION = "cprec_tree"
+BLOCK_ROWS = 64
+"""Prefixes of one user that meet their prompt in one product; the last block of a user is padded."""
 KV = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class PromptCall:
+    """Lengths of the prompts whose tokens stand one after the other."""
+
+    lens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class NodesCall:
+    """Where each of n prefixes writes, what it sees, and how prefixes are put together by user.
+
+    `slots` (n,); `paths` (n, depth): slots of itself and its ancestors, -1 where there is none. `rows` (blocks,
+    BLOCK_ROWS): prefixes of one user, padded with any; `block_user` (blocks,); `places` (n,): where a prefix stands in
+    the flattened blocks. `last_position`: the largest position id of the call.
+    """
+
+    slots: Tensor
+    paths: Tensor
+    rows: Tensor
+    block_user: Tensor
+    places: Tensor
+    last_position: int
+
+    @staticmethod
+    def of(users: Tensor, slots: Tensor, paths: Tensor, *, n_users: int, last_position: int) -> NodesCall:
+        """The call of prefixes that are sorted by user."""
+        counts = torch.bincount(users, minlength=n_users)
+        n_blocks = (counts + BLOCK_ROWS - 1) // BLOCK_ROWS
+        first_row, first_block = counts.cumsum(0) - counts, n_blocks.cumsum(0) - n_blocks
+        device, n = users.device, len(users)
+        block_user = torch.repeat_interleave(torch.arange(n_users, device=device), n_blocks)
+        places = first_block[users] * BLOCK_ROWS + torch.arange(n, device=device) - first_row[users]
+        rows = torch.zeros(len(block_user) * BLOCK_ROWS, dtype=torch.int64, device=device)
+        rows[places] = torch.arange(n, device=device)
+        return NodesCall(slots, paths, rows.view(-1, BLOCK_ROWS), block_user, places, last_position)
 
 
 @dataclass
 class TreeState:
-    """One user's keys and values, by layer; every call of the model with it must say first what its tokens are.
+    """Keys and values by layer; `call` must say what the tokens of the next call of the model are.
 
-    `prompt`: (n_kv_heads, prompt_len, head_dim) each. `level`: (nodes, n_kv_heads, depth, head_dim) each, of the last
-    finished level. `grown`: the same of the level under way, chunk by chunk.
+    `prompts`: (users, n_kv_heads, longest prompt, head_dim) each; `slots`: (capacity, n_kv_heads, head_dim) each.
     """
 
-    mode: Literal["prompt", "path", "nodes"] = "prompt"
-    prompt: dict[int, KV] = field(default_factory=dict)
-    level: dict[int, KV] = field(default_factory=dict)
-    grown: dict[int, list[KV]] = field(default_factory=dict)
-    parents: Tensor | None = None
+    call: PromptCall | NodesCall
+    prompts: dict[int, KV] = field(default_factory=dict)
+    padding: Tensor | None = None
+    """(users, longest prompt): True behind a prompt's end."""
+    capacity: int = 0
+    slots: dict[int, KV] = field(default_factory=dict)
 
-    @property
-    def prompt_len(self) -> int:
-        """Tokens of the prompt."""
-        return self.prompt[min(self.prompt)][0].shape[1]
+    def keep(self, slots: Tensor) -> None:
+        """Forget all slots but these, which become slots 0, 1, ... in this order."""
+        self.slots = {layer: (k[slots], v[slots]) for layer, (k, v) in self.slots.items()}
 
-    def enter_path(self) -> None:
-        """The next call's tokens follow the prompt, one after the other."""
-        self.mode = "path"
-
-    def enter_nodes(self, parents: Tensor) -> None:
-        """The next call's tokens are nodes; `parents` say where theirs are in the finished level (at depth 1: any)."""
-        self.mode, self.parents = "nodes", parents
-
-    def finish_level(self) -> None:
-        """The nodes of the calls since the last finish become the level that the next ones descend from."""
-        self.level = {layer: (torch.cat([k for k, _ in chunks]), torch.cat([v for _, v in chunks]))
-                      for layer, chunks in self.grown.items()}
-        self.grown = {}
-
-    def restart(self) -> None:
-        """Back to the root: forget every level, keep the prompt."""
-        self.level, self.grown, self.parents = {}, {}, None
+    def grown(self, layer: int, like: Tensor) -> KV:
+        """The layer's slots, at least `capacity` of them; `like` (n, n_kv_heads, head_dim) says their shape."""
+        old = self.slots.get(layer)
+        if old is None or len(old[0]) < self.capacity:
+            new = tuple(like.new_zeros(self.capacity, *like.shape[1:]) for _ in range(2))
+            for to, of in zip(new, old or (), strict=False):
+                to[:len(of)] = of
+            self.slots[layer] = (new[0], new[1])
+        return self.slots[layer]
 
 
 def tree_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -73,63 +107,69 @@ def tree_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: T
     """
     if tree_state is None:
         raise ConfigError(f"attention {TREE_ATTENTION!r} only serves ranking; load the model with another attention")
-    assert attention_mask is None and query.shape[0] == 1, "one user at a time, and no mask but the tree's own"
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if tree_state.mode == "prompt":
-        tree_state.prompt[layer] = (key[0], value[0])
-        n_seen, out = key.shape[2], _causal(query[0], key[0], value[0], scaling)
-    elif tree_state.mode == "path":
-        prompt_k, prompt_v = tree_state.prompt[layer]
-        k, v = torch.cat([prompt_k, key[0]], dim=1), torch.cat([prompt_v, value[0]], dim=1)
-        n_seen, out = k.shape[1], _causal(query[0], k, v, scaling)
+    assert attention_mask is None and query.shape[0] == 1, "no batch, and no mask but the tree's own"
+    layer, call = int(module.layer_idx), tree_state.call  # type: ignore[arg-type]
+    if isinstance(call, PromptCall):
+        _refuse_other_attention(options, max(call.lens))
+        out = _prompts(tree_state, layer, call.lens, query, key, value, scaling)
     else:
-        path_k, path_v = _descend(tree_state, layer, key[0], value[0])
-        n_seen = tree_state.prompt_len + path_k.shape[2]
-        out = _joint(query[0], tree_state.prompt[layer], (path_k, path_v), scaling)
-    _refuse_other_attention(options, n_seen)
+        _refuse_other_attention(options, call.last_position + 1)
+        out = _nodes(tree_state, layer, call, query[0], key[0], value[0], scaling)
     return out.unsqueeze(0), None
 
 
-def _descend(state: TreeState, layer: int, key: Tensor, value: Tensor) -> KV:
-    """Keys and values of each node's path, itself last: (nodes, n_kv_heads, depth, head_dim); kept for its children."""
-    k, v = key.transpose(0, 1).unsqueeze(2), value.transpose(0, 1).unsqueeze(2)
-    if layer in state.level:
-        above_k, above_v = state.level[layer]
-        k = torch.cat([above_k[state.parents], k], dim=2)
-        v = torch.cat([above_v[state.parents], v], dim=2)
-    state.grown.setdefault(layer, []).append((k, v))
-    return k, v
+def _prompts(state: TreeState, layer: int, lens: Sequence[int], query: Tensor, key: Tensor, value: Tensor,
+             scaling: float) -> Tensor:
+    """Each prompt on its own, causal: (n, n_heads, head_dim); keys and values are kept, padded."""
+    shape = (len(lens), key.shape[1], max(lens), key.shape[3])
+    kept_k, kept_v = key.new_zeros(shape), value.new_zeros(shape)
+    outs = []
+    for i, (q, k, v) in enumerate(zip(*(torch.split(x, list(lens), dim=2) for x in (query, key, value)), strict=True)):
+        kept_k[i, :, :lens[i]], kept_v[i, :, :lens[i]] = k[0], v[0]
+        outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling,
+                                                   enable_gqa=q.shape[1] != k.shape[1]))
+    state.prompts[layer] = (kept_k, kept_v)
+    if state.padding is None:
+        ends = torch.tensor(list(lens), device=key.device)
+        state.padding = torch.arange(max(lens), device=key.device) >= ends[:, None]
+    return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """The last n of the keys' positions look back causally: query (n_heads, n, d), key (n_kv, m >= n, d)."""
-    n, m = query.shape[1], key.shape[1]
-    groups = query.shape[0] // key.shape[0]
-    k, v = key.repeat_interleave(groups, dim=0), value.repeat_interleave(groups, dim=0)
-    if n == m:
-        out = F.scaled_dot_product_attention(query[None], k[None], v[None], is_causal=True, scale=scaling)
-    else:
-        mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
-        out = F.scaled_dot_product_attention(query[None], k[None], v[None], attn_mask=mask, scale=scaling)
-    return out[0].transpose(0, 1)
+def _nodes(state: TreeState, layer: int, call: NodesCall, query: Tensor, key: Tensor, value: Tensor,
+           scaling: float) -> Tensor:
+    """Prefixes against their prompts and their paths: (n, n_heads, head_dim)."""
+    assert state.padding is not None, "prompts come first"
+    key, value = key.transpose(0, 1), value.transpose(0, 1)
+    keys, values = state.grown(layer, key)
+    keys[call.slots], values[call.slots] = key, value
+    n, n_kv, head_dim = key.shape
+    q = (query * scaling).transpose(0, 1).reshape(n, n_kv, -1, head_dim)  # (n, n_kv, groups, head_dim)
+
+    absent = (call.paths < 0)[:, None, None]  # (n, 1, 1, depth)
+    path = call.paths.clamp(min=0)
+    scores = _at_least_float32(q @ keys[path].permute(0, 2, 3, 1)).masked_fill(absent, -torch.inf)
+    of_path = scores.softmax(-1).to(q.dtype) @ values[path].transpose(1, 2)
+    lse_path = scores.logsumexp(-1)
+
+    prompt_k, prompt_v = (x[call.block_user] for x in state.prompts[layer])  # (blocks, n_kv, prompt_len, head_dim)
+    blocks, rows = call.rows.shape
+    q = q[call.rows].transpose(1, 2).reshape(blocks, n_kv, -1, head_dim)  # (blocks, n_kv, rows * groups, head_dim)
+    padding = state.padding[call.block_user][:, None, None]
+    scores = _at_least_float32(q @ prompt_k.transpose(2, 3)).masked_fill_(padding, -torch.inf)
+    of_prompt = scores.softmax(-1).to(q.dtype) @ prompt_v
+
+    def by_node(x: Tensor) -> Tensor:  # (blocks, n_kv, rows * groups, ...) -> (n, n_kv, groups, ...)
+        split = x.reshape(blocks, n_kv, rows, -1, *x.shape[3:]).transpose(1, 2)
+        return split.reshape(blocks * rows, *split.shape[2:])[call.places]
+
+    share = torch.sigmoid(by_node(scores.logsumexp(-1)) - lse_path)[..., None].to(q.dtype)
+    out = share * by_node(of_prompt) + (1 - share) * of_path
+    joined: Tensor = out.reshape(n, -1, head_dim)
+    return joined
 
 
-def _joint(query: Tensor, prompt: KV, path: KV, scaling: float) -> Tensor:
-    """One softmax over the shared prompt's keys and each node's own path: (nodes, n_heads, head_dim)."""
-    n_heads, n, head_dim = query.shape
-    n_kv, prompt_len, _ = prompt[0].shape
-    groups, query = n_heads // n_kv, query * scaling
-    # (n_kv, groups * n, d) against the one prompt, (n, n_kv, groups, d) against n paths
-    on_prompt = query.reshape(n_kv, groups * n, head_dim) @ prompt[0].transpose(1, 2)
-    on_prompt = on_prompt.view(n_kv, groups, n, prompt_len).permute(2, 0, 1, 3)
-    on_path = query.view(n_kv, groups, n, head_dim).permute(2, 0, 1, 3) @ path[0].transpose(2, 3)
-    scores = torch.cat([on_prompt, on_path], dim=-1)
-    at_least_float32 = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(dim=-1, dtype=at_least_float32).to(query.dtype)
-    w_prompt, w_path = weights[..., :prompt_len], weights[..., prompt_len:]
-    from_prompt = w_prompt.permute(1, 2, 0, 3).reshape(n_kv, groups * n, prompt_len) @ prompt[1]
-    out: Tensor = from_prompt.view(n_kv, groups, n, head_dim).permute(2, 0, 1, 3) + w_path @ path[1]
-    return out.reshape(n, n_heads, head_dim)
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _refuse_other_attention(options: dict[str, Any], n_seen: int) -> None:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,14 @@ class Trie:
             nodes.append(parent)
         return np.array(nodes[::-1], dtype=np.int64)
 
-    def children(self, nodes: Ints) -> tuple[Ints, Ints]:
-        """All children of `nodes`, in order, and for each the place of its parent within `nodes`."""
-        counts = self.n_children[nodes]
-        parents = np.repeat(np.arange(len(nodes)), counts)
-        within = np.arange(len(parents)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self.first_child[nodes][parents] + within, parents
-
-    def count(self, candidates: Bools) -> tuple[Ints, Ints]:
-        """For every node: how many candidates it completes, and how many lie below it."""
-        up_to = np.concatenate([[0], np.cumsum(candidates[self.items])])
-        complete = up_to[self.item_start + self.n_complete]
-        return complete - up_to[self.item_start], up_to[self.item_stop] - complete
+    def best_below(self, values: Floats) -> Floats:
+        """The largest of the nodes' values strictly below each node; -inf where there is nothing below."""
+        best = np.full(self.n_nodes, -np.inf)
+        for first, stop in reversed(list(itertools.pairwise(np.append(np.unique(self.depth, return_index=True)[1],
+                                                                      self.n_nodes)))):
+            nodes = np.arange(max(first, 1), stop)
+            np.maximum.at(best, self.parent[nodes], np.maximum(values[nodes], best[nodes]))
+        return best
 
 
 def build_trie(lines: Sequence[Sequence[int]]) -> Trie:

@@ -1,15 +1,26 @@
-"""Small models of random weights for ranking tests: plain attention heads, and grouped ones with biases."""
+"""Small models of random weights for ranking tests: plain attention heads, grouped ones, biases, other norms."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from cprec.eval.tree_attention import TREE_ATTENTION
 
 KINDS = ("llama", "qwen2")
+CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig, "gemma": GemmaConfig}
 
 
 def random_model(kind: str = "llama", *, vocab_size: int, dtype: torch.dtype = torch.float64, spread: float = 0.3,
@@ -20,8 +31,9 @@ def random_model(kind: str = "llama", *, vocab_size: int, dtype: torch.dtype = t
         "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 4 if kind == "llama" else 2, "initializer_range": spread,
         "max_position_embeddings": max_position_embeddings, "attn_implementation": attention}
-    model: PreTrainedModel = (LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama"
-                              else Qwen2ForCausalLM(Qwen2Config(**shape)))
+    if kind in ("qwen3", "gemma"):
+        shape["head_dim"] = 8
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[kind](**shape))
     with torch.no_grad():  # transformers starts biases at 0, which would hide a forgotten one
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

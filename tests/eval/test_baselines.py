@@ -100,6 +100,21 @@ def test_events_are_those_before_the_clock_and_the_validation_asks_for_what_come
     assert events.validation.histories[i].tolist() == list(range(8)) and events.validation.targets[i] == 8
 
 
+def test_a_baseline_is_tuned_under_the_filter_that_is_asked_for(tmp_path: Path) -> None:
+    write_events(tmp_path, [("a", "food", 0, 1), ("a", "food", 1, 600), ("b", "food", 0, 2), ("b", "food", 2, 700)],
+                 window=["food"])
+    shop = Shop(list("abc"), [Query("a", [0], 2)], first_ts=[0, 0, 700])
+    frozen = load_queries(write_queries(tmp_path / "queries", {"food": shop}), "food")
+    manifest = read_queries_manifest(tmp_path / "queries")
+    asked = [load_events(tmp_path / "queries", manifest, frozen.filtered(seen=seen, warm_until=None)).validation
+             for seen in ("exclude", "include")]
+    assert [q.candidates(q.user_ids.index("a")).tolist() for q in asked] == [[False, True, False], [True, True, False]]
+    # item 2 comes after the training window: warm, b has no query, and a may not be given it
+    warm = load_events(tmp_path / "queries", manifest,
+                       frozen.filtered(seen="include", warm_until=500).take(np.zeros(0, np.int64))).validation
+    assert warm.user_ids == ["a"] and warm.candidates(0).tolist() == [True, True, False]
+
+
 def test_an_unseen_domain_is_learned_from_its_own_events_before_the_clock(tmp_path: Path) -> None:
     write_events(tmp_path, [("a", "new", 0, 1), ("a", "new", 1, 2), ("a", "new", 2, 600), ("a", "new", 1, 700),
                             ("b", "new", 1, 900), ("b", "old", 0, 1)], window=["old"])

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cprec.errors import DataError
@@ -116,14 +118,16 @@ def test_an_evaluation_whose_queries_changed_is_refused(options: EvalOptions) ->
         make_report({"popularity": options.out})
 
 
-def test_a_rank_that_is_missing_is_a_miss(options: EvalOptions) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def test_a_target_that_a_list_lacks_is_a_miss_and_leaves_no_auc(options: EvalOptions) -> None:
     path = Path(options.out) / "food.parquet"
     table = pq.read_table(path)
-    ranks = pa.array([None, *table["rank"].to_pylist()[1:]], pa.float64())
-    pq.write_table(table.set_column(table.column_names.index("rank"), "rank", ranks), path)
-    cells = {(c.row, c.metric): c.mean for c in make_report({"x": options.out}).cells}
-    assert cells["food", "valid"] == pytest.approx(2 / 3) and cells["food", "HR@10"] == pytest.approx(2 / 3)
-    assert np.isfinite(cells["food", "AUC"])
+    for name, values in (("rank", [np.inf, *table["rank"].to_pylist()[1:]]), ("valid_share", [0.5, 1.0, 0.0])):
+        table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.float64()))
+    pq.write_table(table, path)
+    report = make_report({"x": options.out})
+    cells = {(c.row, c.metric): c.mean for c in report.cells}
+    # popularity ranked a first; b and c came third
+    assert cells["food", "HR@10"] == pytest.approx(2 / 3) and cells["food", "MRR"] == pytest.approx(2 / 3 / 3)
+    assert cells["food", "valid"] == 0.5
+    assert ("food", "AUC") not in cells and ("new", "AUC") in cells
+    assert "none where ranks are infinite" in to_markdown(report)

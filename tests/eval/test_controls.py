@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from cprec.errors import ConfigError, DataError
@@ -13,6 +15,7 @@ from cprec.eval.baselines import fit_baseline, rank_by_baseline
 from cprec.eval.comparison import make_report
 from cprec.eval.controls import CONTROLS, no_history, shuffled_history, shuffled_target
 from cprec.eval.queries import DomainQueries, load_queries
+from cprec.eval.report import to_markdown
 from cprec.eval.run import EvalOptions, evaluate
 from tests.eval.folders import Query, Shop, write_queries
 from tests.eval.shops import write_chain
@@ -69,6 +72,30 @@ def test_a_model_that_reads_the_history_falls_under_every_control(tmp_path: Path
     first, target, history = (np.mean([rank_by_baseline(score, q, i).rank == 1 for i in range(len(q))])
                               for q in (frozen, shuffled_target(frozen), shuffled_history(frozen)))
     assert first > 0.9 and target < 0.7 and history < 0.7
+
+
+def test_a_control_a_tuned_baseline_a_protocol_and_a_filter_work_together(tmp_path: Path) -> None:
+    folder = write_chain(tmp_path)
+    asked = EvalOptions(queries=str(folder), out=str(tmp_path / "a"), baseline="markov", protocol="uniform-3",
+                        seen="include", control="shuffled-history", limit=40)
+    same = [asked, replace(asked, out=str(tmp_path / "b"), baseline="popularity")]
+    assert [evaluate(o).inputs.seen for o in same] == ["include"] * 2
+    a, b = (Path(o.out) for o in same)
+    assert json.loads((a / "food.tuning.json").read_text())[0]["settings"] in ({"gap": 1}, {"gap": 5})
+    drawn = [pq.read_table(out / "negatives/food.parquet") for out in (a, b)]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 40
+    assert pq.read_table(a / "food.parquet")["n_candidates"].to_pylist() == [4] * 40
+    report = make_report({"markov": a, "popularity": b}, reference="popularity")
+    assert (report.protocol, report.seen, report.rows[0].n_queries) == ("uniform-3", "include", 40)
+    assert "Protocol uniform-3, ties count half" in to_markdown(report)
+    real = replace(asked, out=str(tmp_path / "real"), control=None)
+    evaluate(real)
+    with pytest.raises(DataError, match="control is shuffled-history and None"):
+        make_report({"markov": [a, real.out]})  # no two seeds
+    full = replace(real, out=str(tmp_path / "full"), protocol="full")
+    evaluate(full)
+    with pytest.raises(DataError, match="protocol is uniform-3 and full"):
+        make_report({"few": real.out, "all": full.out})
 
 
 def test_the_evaluation_of_a_control_is_marked_and_kept_apart(tmp_path: Path) -> None:

@@ -31,10 +31,10 @@ BY_HAND = {
 }
 
 
-def answers(ranks: list[float], *, n_candidates: float = 100.0) -> Answers:
+def answers(ranks: list[float], *, n_candidates: float = 100.0, known_up_to: float = np.inf) -> Answers:
     n = len(ranks)
-    return Answers(rank=np.array(ranks), n_candidates=np.full(n, n_candidates), nll=np.full(n, 2.0),
-                   n_bytes=np.full(n, 4.0), top10_events=np.full(n, 7.5))
+    return Answers(rank=np.array(ranks), known_up_to=np.full(n, known_up_to), n_candidates=np.full(n, n_candidates),
+                   nll=np.full(n, 2.0), n_bytes=np.full(n, 4.0), top10_events=np.full(n, 7.5), valid=np.ones(n))
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -43,11 +43,21 @@ def test_every_metric_equals_its_table(name: str) -> None:
     np.testing.assert_allclose(found, BY_HAND[name], atol=1e-5)
 
 
-def test_an_answer_outside_the_catalogue_is_a_miss_of_every_metric() -> None:
-    miss = answers([np.inf])
-    by_name = {name: float(metric(miss)[0]) for name, metric in METRICS.items()}
-    assert {n: by_name[n] for n in ("HR@1", "HR@10", "HR@50", "NDCG@10", "MRR", "AUC", "valid")} == dict.fromkeys(
-        ("HR@1", "HR@10", "HR@50", "NDCG@10", "MRR", "AUC", "valid"), 0.0)
+OF_RANKS = ("HR@1", "HR@10", "HR@50", "NDCG@10", "MRR", "AUC")
+
+
+def test_a_target_that_a_list_lacks_is_a_miss_and_beats_an_unknown_share() -> None:
+    missed = {name: float(METRICS[name](answers([np.inf]))[0]) for name in OF_RANKS}
+    assert np.isnan(missed.pop("AUC")) and set(missed.values()) == {0.0}
+
+
+@pytest.mark.parametrize(("known_up_to", "unknown"), [(50, {"AUC"}), (20, {"AUC", "HR@50"}),
+                                                      (5, {"AUC", "HR@50", "HR@10", "NDCG@10"})])
+def test_of_a_search_that_stopped_only_what_it_settled_is_a_number(known_up_to: float, unknown: set[str]) -> None:
+    values = {name: METRICS[name](answers([2.0, np.inf], known_up_to=known_up_to)) for name in OF_RANKS}
+    assert {name for name, (_, stopped) in values.items() if np.isnan(stopped)} == unknown
+    assert values["MRR"].tolist() == [0.5, 0.0]
+    assert not any(np.isnan(found) for found, _ in values.values())
 
 
 def test_auc_of_a_target_without_rivals_is_a_half() -> None:

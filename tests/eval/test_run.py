@@ -19,8 +19,8 @@ from cprec.errors import ConfigError, DataError
 from cprec.eval.comparison import make_report
 from cprec.eval.metrics import METRICS
 from cprec.eval.queries import load_queries
-from cprec.eval.report import to_text, write_report
-from cprec.eval.run import EvalOptions, evaluate
+from cprec.eval.report import to_markdown, to_text, write_report
+from cprec.eval.run import EvalOptions, evaluate, expectation, refuse_full
 from cprec.format import MANIFEST
 from cprec.template import Template
 from cprec.tokenizer import load_tokenizer
@@ -91,21 +91,21 @@ def test_results_are_those_of_scoring_every_line_by_a_plain_forward(
 
 def test_a_finished_evaluation_is_only_read(options: EvalOptions) -> None:
     first = evaluate(options)
-    (Path(options.out) / "parts" / "food.0of1.parquet").unlink()
+    (Path(options.out) / "parts" / "food.00000.parquet").unlink()
     assert evaluate(options) == first
-    assert not (Path(options.out) / "parts" / "food.0of1.parquet").exists()
+    assert not (Path(options.out) / "parts" / "food.00000.parquet").exists()
 
 
 def test_a_killed_evaluation_redoes_only_what_is_missing(options: EvalOptions) -> None:
     evaluate(options)
     out = Path(options.out)
     before = {p.name: pq.read_table(p) for p in out.glob("*.parquet")}
-    stamp = (out / "parts" / "toys.0of1.parquet").stat().st_mtime_ns
-    for name in (MANIFEST, "parts/food.0of1.parquet", "toys.parquet"):
+    stamp = (out / "parts" / "toys.00000.parquet").stat().st_mtime_ns
+    for name in (MANIFEST, "parts/food.00000.parquet", "toys.parquet"):
         (out / name).unlink()
-    (out / "parts" / "food.0of1.parquet.partial").write_bytes(b"half a file")
+    (out / "parts" / "food.00000.parquet.partial").write_bytes(b"half a file")
     evaluate(options)
-    assert (out / "parts" / "toys.0of1.parquet").stat().st_mtime_ns == stamp
+    assert (out / "parts" / "toys.00000.parquet").stat().st_mtime_ns == stamp
     assert {p.name: pq.read_table(p) for p in out.glob("*.parquet")} == before
 
 
@@ -113,7 +113,7 @@ def test_a_killed_evaluation_redoes_only_what_is_missing(options: EvalOptions) -
     ({"limit": 1}, "limit: None / 1"),
     ({"dtype": "float32"}, "dtype: float64 / float32"),
     ({"domains": ["toys"]}, r"domains: \['food', 'toys'\] / \['toys'\]"),
-    ({"model": None, "baseline": "popularity"}, "not of baseline:popularity"),
+    ({"model": None, "dtype": "float32", "baseline": "popularity"}, "not of baseline:popularity"),
 ])
 def test_a_folder_with_another_evaluation_is_refused_naming_both(
         options: EvalOptions, change: dict[str, object], named: str) -> None:
@@ -166,7 +166,7 @@ def test_histories_that_the_context_does_not_hold_are_counted(options: EvalOptio
 
 
 def test_popularity_answers_in_the_same_schema_without_a_likelihood(options: EvalOptions) -> None:
-    evaluate(replace(options, model=None, baseline="popularity"))
+    evaluate(replace(options, model=None, dtype="float32", baseline="popularity"))
     table = pq.read_table(Path(options.out) / "food.parquet")
     # u0 had 0 1 2; of 3..11 with 6 5 4 3 2 1 1 1 0 events, item 4 is second. u3: item 0 is first of all.
     # u4 at 300: item 11 with no event is behind 0 1 3 5 6 7 8 9
@@ -192,7 +192,7 @@ def test_two_processes_give_what_one_gives(options: EvalOptions, tmp_path: Path)
         np.testing.assert_allclose(one["nll"].to_numpy(), two["nll"].to_numpy(), rtol=0, atol=1e-9)
         assert one.drop_columns("nll") == two.drop_columns("nll")
     assert sorted(p.name for p in (tmp_path / "two" / "parts").iterdir()) == [
-        f"{d}.{r}of2.parquet" for d in ("food", "toys") for r in (0, 1)]
+        "food.00000.parquet", "toys.00000.parquet"]
     assert done.stdout.count("HR@10: mean") == 1
     assert (tmp_path / "two" / "report.md").is_file()
 
@@ -208,7 +208,7 @@ def test_the_report_holds_means_macro_averages_chance_and_paired_differences(
     games = replace(TOYS, queries=TOYS.queries[:1])
     two = write_queries(tmp_path / "two", {"food": FOOD, "toys": TOYS, "games": games})
     model = replace(options, queries=str(two))
-    baseline = replace(model, model=None, baseline="popularity", out=str(tmp_path / "popularity"))
+    baseline = replace(model, model=None, dtype="float32", baseline="popularity", out=str(tmp_path / "popularity"))
     for each in (model, baseline):
         evaluate(each)
     report = make_report({"ours": model.out, "popularity": baseline.out}, reference="popularity")
@@ -235,11 +235,154 @@ def test_the_report_holds_means_macro_averages_chance_and_paired_differences(
 
 
 def test_evaluations_of_different_queries_are_not_put_in_one_table(options: EvalOptions, tmp_path: Path) -> None:
-    popularity = replace(options, model=None, baseline="popularity")
+    popularity = replace(options, model=None, dtype="float32", baseline="popularity")
     limited = replace(popularity, out=str(tmp_path / "limited"), limit=1)
     for each in (popularity, limited):
         evaluate(each)
-    with pytest.raises(DataError, match="answered different queries: limit is None and 1"):
+    with pytest.raises(DataError, match="not answer the same queries in the same way: limit is None and 1"):
         make_report({"a": popularity.out, "b": limited.out})
     with pytest.raises(DataError, match="holds no finished evaluation"):
         make_report({"a": tmp_path})
+
+
+@pytest.mark.parametrize("protocol", ["uniform-3", "popularity-3"])
+def test_sampled_candidates_are_ranked_as_in_the_full_catalogue_and_kept(
+        options: EvalOptions, tmp_path: Path, protocol: str) -> None:
+    evaluate(options)
+    sampled = replace(options, protocol=protocol, out=str(tmp_path / "sampled"), top_k=14)
+    whole = replace(options, top_k=14, out=str(tmp_path / "whole"))
+    for each in (sampled, whole):
+        evaluate(each)
+    for domain in ("food", "toys"):
+        drawn, few, all_ = (pq.read_table(Path(out) / f"{domain}.parquet").to_pylist()
+                            for out in (Path(sampled.out) / "negatives", sampled.out, whole.out))
+        for own, here, there in zip(drawn, few, all_, strict=True):
+            among = {own["target"], *own["negatives"]}
+            assert here["n_candidates"] == len(among) == 4
+            assert here["nll"] == pytest.approx(there["nll"], abs=1e-9)
+            assert set(here["top10"]) == among
+            assert np.diff([dict(zip(there["top10"], there["top_scores"], strict=True))[i] for i in here["top10"]]
+                           ).max() <= 1e-9
+
+
+def test_what_the_full_ranks_make_one_expect_is_printed_beside(options: EvalOptions, tmp_path: Path) -> None:
+    evaluate(options)
+    done = run_script("--model", str(options.model), "--queries", options.queries, "--out", str(tmp_path / "few"),
+                      "--dtype", "float64", "--protocol", "uniform-20", "--full", options.out)
+    assert done.returncode == 0, done.stderr
+    ranks = pq.read_table(Path(options.out) / "toys.parquet")["rank"].to_numpy()
+    # 20 negatives are all that there are, so nothing is left to chance
+    assert f"toys: HR@1 {(ranks <= 1).mean():.4f} ({(ranks <= 1).mean():.4f})" in done.stdout
+    with pytest.raises(DataError, match="cannot be compared"):
+        expectation(options.out, options.out)
+    with pytest.raises(ConfigError, match="protocol=beam-3 has no expectation"):
+        refuse_full(replace(options, protocol="beam-3"), options.out)
+    with pytest.raises(DataError, match="holds no full ranking but uniform-20"):
+        refuse_full(replace(options, protocol="uniform-3"), str(tmp_path / "few"))
+
+
+@pytest.mark.parametrize(("rank_up_to", "settled"), [(10, {"HR@1", "HR@10", "NDCG@10", "MRR"}), (3, {"HR@1", "MRR"})])
+def test_a_report_shows_of_ranks_that_were_not_told_apart_what_is_known(
+        options: EvalOptions, tmp_path: Path, rank_up_to: int, settled: set[str]) -> None:
+    stopped = replace(options, rank_up_to=rank_up_to, domains=["toys"], out=str(tmp_path / "stopped"))
+    exact = replace(options, domains=["toys"])
+    for each in (exact, stopped):
+        evaluate(each)
+    ranks = [pq.read_table(Path(o.out) / "toys.parquet")["rank"].to_numpy() for o in (exact, stopped)]
+    assert np.isinf(ranks[1]).any() and not np.isinf(ranks[0]).any()
+    report = make_report({"exact": exact.out, "stopped": stopped.out}, reference="exact")
+    mean = {(c.model, c.metric): c.mean for c in report.cells if c.row == "toys"}
+    of_ranks = {"HR@1", "HR@10", "HR@50", "NDCG@10", "MRR", "AUC"}
+    assert {m for name, m in mean if name == "stopped" and m in of_ranks} == settled
+    for metric in settled - {"MRR"}:
+        assert mean["stopped", metric] == mean["exact", metric]
+    assert mean["stopped", "MRR"] == pytest.approx((1 / ranks[1]).mean()) and np.isfinite(mean["stopped", "MRR"])
+    assert f"ranks beyond {rank_up_to} not told apart (0 in MRR; no AUC" in report.models[1].line
+    alone = make_report({"stopped": stopped.out})
+    write_report(alone, tmp_path / "report")
+    assert (tmp_path / "report/metrics.png").is_file() == ("HR@10" in settled)
+    assert ("metrics.png" in (tmp_path / "report/report.md").read_text()) == ("HR@10" in settled)
+
+
+def test_a_shorter_list_than_ten_has_no_popularity_or_coverage_of_ten(options: EvalOptions, tmp_path: Path) -> None:
+    for top_k, shown in ((3, False), (14, True)):
+        out = str(tmp_path / str(top_k))
+        evaluate(replace(options, domains=["food"], top_k=top_k, out=out))
+        report = make_report({"x": out})
+        assert ("ARP@10" in {c.metric for c in report.cells}, len(report.coverage) == 1) == (shown, shown)
+        to_markdown(report)
+    # at most ten of the fourteen that were asked for
+    ten = make_report({"x": out}).coverage[0].share
+    lists = [row[:10] for row in pq.read_table(Path(out) / "food.parquet")["top10"].to_pylist()]
+    assert ten == len({item for row in lists for item in row}) / 12
+
+
+def test_a_report_names_scoring_filter_and_a_split_that_leaks(options: EvalOptions, queries: Path,
+                                                              tmp_path: Path) -> None:
+    manifest = json.loads((queries / MANIFEST).read_text())
+    (queries / MANIFEST).write_text(json.dumps({**manifest, "target": "leave_one_out"}))
+    found = replace(options, scoring="mean-1", items="warm", domains=["food"])
+    evaluate(found)
+    report = make_report({"x": found.out})
+    assert "every user's last event, which LEAKS" in to_text(report)
+    assert "only items of the training window are candidates" in to_text(report)
+    assert "scores mean-1" in report.models[0].line and " tokens and " in report.models[0].line
+
+
+@pytest.mark.parametrize("scoring", ["mean-1", "pmi-0.5"])
+def test_another_scoring_changes_the_order_and_not_the_likelihood(options: EvalOptions, tmp_path: Path,
+                                                                  scoring: str) -> None:
+    other = replace(options, scoring=scoring, out=str(tmp_path / "other"))
+    evaluate(options)
+    assert all(d.n_certified == d.n_queries for d in evaluate(other).domains.values())
+    a, b = (pq.read_table(Path(o.out) / "food.parquet") for o in (options, other))
+    np.testing.assert_allclose(a["nll"].to_numpy(), b["nll"].to_numpy(), atol=1e-9)
+    assert a["score"].to_pylist() == [-x for x in a["nll"].to_pylist()] != b["score"].to_pylist()
+
+
+def test_a_beam_as_wide_as_the_trie_ranks_what_it_lists_exactly(options: EvalOptions, tmp_path: Path) -> None:
+    evaluate(options)
+    evaluate(replace(options, protocol="beam-500", out=str(tmp_path / "beam")))
+    exact, beam = (pq.read_table(Path(out) / "food.parquet") for out in (options.out, tmp_path / "beam"))
+    assert beam["top10"] == exact["top10"]
+    assert beam["nll"].null_count == len(beam) and not any(beam["certified"].to_pylist())
+
+
+def test_filters_change_candidates_and_drop_targets_that_they_take_away(options: EvalOptions, tmp_path: Path) -> None:
+    popularity = replace(options, model=None, dtype="float32", baseline="popularity", domains=["food"])
+    evaluate(replace(popularity, seen="include", out=str(tmp_path / "include")))
+    assert pq.read_table(tmp_path / "include" / "food.parquet")["n_candidates"].to_pylist() == [12, 12, 12, 12, 11]
+    shop = replace(FOOD, first_ts=[0] * 9 + [600, 0, 600], queries=[*FOOD.queries[:4], Query("u5", [1], 9)])
+    cold = write_queries(tmp_path / "cold", {"food": shop})
+    evaluate(replace(popularity, queries=str(cold), items="warm", out=str(tmp_path / "warm")))
+    warm = pq.read_table(tmp_path / "warm" / "food.parquet")
+    # items 9 and 11 come after the training window; u5 wants 9; of the 10 others u0 had three, u1 one, u2 two, u3 one
+    assert list(zip(warm["user_id"].to_pylist(), warm["n_candidates"].to_pylist(), strict=True)) == [
+        ("u0", 7), ("u1", 9), ("u2", 8), ("u3", 9)]
+    for name in ("include", "warm"):  # a report reads the same queries again
+        assert make_report({name: tmp_path / name}).rows[0].n_queries == {"include": 5, "warm": 4}[name]
+
+
+def test_a_model_that_caps_its_scores_is_refused(options: EvalOptions, tmp_path: Path) -> None:
+    capped = tmp_path / "capped"
+    shutil.copytree(str(options.model), capped)
+    config = json.loads((capped / "config.json").read_text())
+    (capped / "config.json").write_text(json.dumps({**config, "attn_logit_softcapping": 50.0}))
+    with pytest.raises(ConfigError, match=r"attn_logit_softcapping=50\.0"):
+        evaluate(replace(options, model=str(capped)))
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"protocol": "beem-3"}, "protocol='beem-3' is none"), ({"scoring": "mean"}, "scoring='mean' is none"),
+    ({"model": None, "dtype": "float32", "baseline": "popularity", "protocol": "beam-5"}, "a baseline has no text"),
+    ({"protocol": "beam-5", "scoring": "pmi-1"}, "only the exact search of a model"),
+    ({"rank_up_to": 0}, "rank_up_to=0"),
+    ({"rank_up_to": 5, "protocol": "beam-5"}, "of a model can stop early"),
+    ({"model": None, "dtype": "float32", "baseline": "popularity", "rank_up_to": 5}, "of a model can stop early"),
+    ({"model": None, "baseline": "popularity"}, "dtype=float64: a baseline has none"),
+    ({"seed": 1}, r"seed=1: only of a baseline that is trained \(sasrec, bert4rec\)"),
+    ({"scoring": "pmi-1", "control": "no-history"}, "no-history shows nothing else"),
+])
+def test_protocols_that_cannot_be_are_refused(options: EvalOptions, change: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        evaluate(replace(options, **change))  # type: ignore[arg-type]

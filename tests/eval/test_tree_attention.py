@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from cprec.errors import ConfigError
-from cprec.eval.tree_attention import TreeState, tree_attention
+from cprec.eval.tree_attention import NodesCall, PromptCall, TreeState, tree_attention
 from tests.eval.models import KINDS, random_model
 
 PROMPT = [3, 9, 4, 7, 12, 5]
+OTHER = [8, 3, 3]
 PATHS = [[6, 8, 2], [6, 8, 11], [6, 10, 2], [13, 8, 2]]
 
 
@@ -17,37 +20,40 @@ PATHS = [[6, 8, 2], [6, 8, 11], [6, 10, 2], [13, 8, 2]]
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_nodes_see_the_prompt_and_their_own_ancestors_only(kind: str, dtype: torch.dtype, tolerance: float) -> None:
     tree, plain = (random_model(kind, vocab_size=40, dtype=dtype, attention=a) for a in ("cprec_tree", "sdpa"))
-    state = TreeState()
+    state = TreeState(PromptCall([6, 3]))
     with torch.inference_mode():
         def logits(tokens: list[int], positions: list[int]) -> torch.Tensor:
             return tree(input_ids=torch.tensor([tokens]), position_ids=torch.tensor([positions]), use_cache=False,
                         tree_state=state).logits[0]
 
-        levels = [logits(PROMPT, list(range(6)))[-1:]]
-        # every path is its own branch from depth 1 on; two chunks per level
+        state.capacity = 30
+        first = logits([*PROMPT, *OTHER], [0, 1, 2, 3, 4, 5, 0, 1, 2])
+        # every path is its own branch from depth 1 on, below both prompts: slots 8 * depth + 4 * user + path
+        users = torch.arange(2).repeat_interleave(4)
+        found = []
         for depth in range(3):
-            chunks = []
-            for rows in ([0, 1, 2], [3]):
-                state.enter_nodes(torch.tensor(rows))
-                chunks.append(logits([PATHS[r][depth] for r in rows], [6 + depth] * len(rows)))
-            state.finish_level()
-            levels.append(torch.cat(chunks))
+            slots = 8 * depth + torch.arange(8)
+            paths = torch.stack([slots - 8 * up for up in range(4)], dim=1).masked_fill(
+                torch.arange(4) > depth, -1)
+            state.call = NodesCall.of(users, slots, paths, n_users=2, last_position=6 + depth)
+            found.append(logits([p[depth] for p in PATHS * 2], [6 + depth] * 4 + [3 + depth] * 4))
         worst = 0.0
-        for i, path in enumerate(PATHS):
-            expected = plain(input_ids=torch.tensor([PROMPT + path]), use_cache=False).logits[0]
-            found = [levels[0][0], *(level[i] for level in levels[1:])]
-            worst = max(worst, float((torch.stack(found) - expected[5:]).abs().max()))
+        for i, (prompt, path) in enumerate(itertools.product((PROMPT, OTHER), PATHS)):
+            expected = plain(input_ids=torch.tensor([prompt + path]), use_cache=False).logits[0, len(prompt) - 1:]
+            here = [first[5 if i < 4 else 8], *(level[i] for level in found)]
+            worst = max(worst, float((torch.stack(here) - expected).abs().max()))
     print(f"largest difference of a logit: {worst:.2e}")
     assert worst < tolerance
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_path_is_a_plain_continuation_of_the_prompt(kind: str) -> None:
+def test_a_path_may_go_through_the_model_in_one_call(kind: str) -> None:
     tree, plain = (random_model(kind, vocab_size=40, attention=a) for a in ("cprec_tree", "sdpa"))
-    state, path = TreeState(), PATHS[0]
+    state, path = TreeState(PromptCall([6]), capacity=3), PATHS[0]
     with torch.inference_mode():
         tree(input_ids=torch.tensor([PROMPT]), use_cache=False, tree_state=state)
-        state.enter_path()
+        paths = torch.tensor([[0, -1, -1], [1, 0, -1], [2, 1, 0]])
+        state.call = NodesCall.of(torch.zeros(3, dtype=torch.int64), torch.arange(3), paths, n_users=1, last_position=8)
         found = tree(input_ids=torch.tensor([path]), position_ids=torch.tensor([[6, 7, 8]]), use_cache=False,
                      tree_state=state).logits[0]
         expected = plain(input_ids=torch.tensor([PROMPT + path]), use_cache=False).logits[0, 6:]
@@ -63,14 +69,14 @@ def test_attention_that_would_differ_is_refused(options: dict[str, float], named
     module.layer_idx = 0  # type: ignore[assignment]
     x = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ConfigError, match=named):
-        tree_attention(module, x, x, x, None, scaling=1.0, tree_state=TreeState(), **options)
+        tree_attention(module, x, x, x, None, scaling=1.0, tree_state=TreeState(PromptCall([4])), **options)
 
 
 def test_a_window_that_holds_the_whole_text_is_no_hindrance() -> None:
     module = torch.nn.Module()
     module.layer_idx = 0  # type: ignore[assignment]
     x = torch.zeros(1, 2, 4, 8)
-    out, _ = tree_attention(module, x, x, x, None, scaling=1.0, tree_state=TreeState(), sliding_window=4)
+    out, _ = tree_attention(module, x, x, x, None, scaling=1.0, tree_state=TreeState(PromptCall([4])), sliding_window=4)
     assert out.shape == (1, 4, 2, 8)
 
 

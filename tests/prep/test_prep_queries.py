@@ -68,6 +68,28 @@ def test_with_seen_included_a_repeated_item_can_be_the_target(layout: Layout) ->
                            "is_cold": False}
 
 
+def test_successive_targets_each_have_all_before_them_as_history(layout: Layout) -> None:
+    engine = shops.engine(layout.out)
+    write_queries(engine, layout, QuerySettings(target="successive", seen="include"), corpora=CORPORA, split=SPLIT,
+                  template=TEMPLATES["cprec"], regime="overlap", seed=1)
+    engine.close()
+    rows = pq.read_table(layout.queries / "books.parquet").select(["user_id", "history", "target"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        ("u1", [0, 1, 0], 1), ("u1", [0, 1, 0, 1], 2), ("u1", [0, 1, 0, 1, 2], 3), ("u3", [0, 1, 2], 4)]
+    assert read_queries_manifest(layout.queries).target == "successive"
+
+
+def test_leave_one_out_asks_for_the_last_new_item_whatever_the_clock(layout: Layout) -> None:
+    found = queries(layout, QuerySettings(target="leave_one_out", min_history=1))
+    assert {user: row["target"] for user, row in found.items()} == {"u1": 3, "u2": 4, "u3": 4}
+    late = SPLIT.model_copy(update={"t_test": 1000})
+    engine = shops.engine(layout.out)
+    write_queries(engine, layout, QuerySettings(target="leave_one_out"), corpora=CORPORA, split=late,
+                  template=TEMPLATES["cprec"], regime="overlap", seed=1)
+    engine.close()
+    assert pq.read_table(layout.queries / "books.parquet")["user_id"].to_pylist() == ["u1", "u3"]
+
+
 def test_the_last_target_has_the_longest_history(layout: Layout) -> None:
     found = queries(layout, QuerySettings(target="last", max_history=3))
     assert found["u1"] == {"history": [0, 1, 2], "seen": [0, 1, 2], "target": 3, "query_ts": 130, "is_repeat": False,

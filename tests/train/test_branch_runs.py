@@ -192,7 +192,8 @@ def test_a_comparison_tells_the_tree_the_settings_the_losses_and_the_ranking(
     assert "| `data.mix.anneal.mixed` | - | `1.0` | - |" in text
     losses = [log_of(runs[name], "valid")[-1]["loss"] for name in ("branch", "control")]
     assert f"| run-linear-2 | run-linear-2-control at 10 | {losses[0] - losses[1]:+.4f} |" in text
-    assert text.count("### Difference in NDCG@10 to run-linear-2-control\n") == 1 and "Paired over users" in text
+    assert text.count("### Differences to run-linear-2-control\n") == 1 and "Paired over users" in text
+    assert text.count("![") == 1  # the picture that is drawn here
     html = (tmp_path / "out/compare.html").read_text()
     assert 'src="data:image/png;base64,' in html and "<td>run-linear-2-control at 10</td>" in html
     assert (tmp_path / "out/compare.md").read_text() == text and (tmp_path / "out/compare.png").stat().st_size > 10_000
