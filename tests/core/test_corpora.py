@@ -20,10 +20,11 @@ from cprec.format import Manifest, read_manifest, write_atomically, write_manife
 from cprec.settings import dump_settings
 from cprec.train.branch import Annealing, annealing_config
 from cprec.train.checkpoint import Checkpoint, State, checkpoint_name
-from cprec.train.loop import _check_one_view, _open_valid
+from cprec.train.loop import _check_one_view
 from cprec.train.plan import Plan, build_plan
 from cprec.train.run_folder import check_run_folder, claim_run_folder
 from cprec.train.steps import open_run, show_step
+from cprec.train.validate import _open_valid
 
 
 @pytest.fixture(scope="module")
