@@ -253,12 +253,17 @@ class ScheduleConfig(Settings):
 
 
 class CheckpointConfig(Settings):
-    """When checkpoints are written and which are kept. Those of the stable phase at multiples of `keep_stable_every`
-    are never pruned: branches start from them."""
+    """When checkpoints are written and which are kept; docs/checkpoints.md. Parents of branches always are."""
 
     every: PositiveInt = 1000
     keep_last: PositiveInt = 2
     keep_stable_every: PositiveInt | None = None
+    """Those of the stable phase at multiples of so many steps are never pruned: branches start from them."""
+    keep_best: PositiveInt | None = None
+    """So many of lowest validation loss are kept as well."""
+    asynchronous: bool = True
+    """Training goes on while files are written, out of a copy in the host's memory: 12 bytes per trained parameter over
+    the number of ranks. False: it waits, and there is no copy."""
 
 
 class ValidationConfig(Settings):
@@ -332,6 +337,14 @@ class RunConfig(Settings):
     metrics: MetricsConfig = MetricsConfig()
     guard: GuardConfig = GuardConfig()
     parent: ParentConfig | None = None
+
+    @model_validator(mode="after")
+    def _the_best_are_known(self) -> Self:
+        every, valid = self.checkpoint.every, self.validation.every
+        if self.checkpoint.keep_best and (valid is None or every % valid):
+            raise ValueError(f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation loss at every "
+                             f"checkpoint, but checkpoint.every={every} is no multiple of validation.every={valid}")
+        return self
 
     @model_validator(mode="after")
     def _adapters_have_no_embeddings(self) -> Self:

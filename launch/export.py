@@ -2,7 +2,7 @@
 
     python launch/export.py --from runs/base@20000 --out runs/base/hf [--dtype bfloat16] [--adapter-only]
 
-`--from`: RUN (its newest checkpoint), RUN@STEP, or a checkpoint folder. One process, memory of one output shard. LoRA
+`--from`: RUN (its newest checkpoint), RUN@STEP, or a checkpoint folder. One process, memory of the largest tensor. LoRA
 adapters are merged into the model; with `--adapter-only` they are written alone, as peft reads them.
 """
 

@@ -1,8 +1,9 @@
-"""Checkpoints that are either complete or absent: DeepSpeed's files, then `state.json`, written last, by rename.
+"""Checkpoints that are either complete or absent: a file per rank, then `state.json`, written last, by rename.
 
-writes: `run/checkpoints/step_00001000/`: one pair of files per rank, and `state.json` with what the step means (tokens,
-rows, rate, phase, parent) and every file's size and hash. A folder without `state.json` is the rest of an interrupted
-save; it is removed before the next save and never loaded. Loading verifies every hash, shared out over the ranks.
+reads, writes: `run/checkpoints/step_00001000/`: `rank_00000.safetensors` and so on (see `partitions`), and `state.json`
+with what the step means (tokens, rows, rate, phase, parent, data) and every file's size and hash. A folder without it
+is the rest of an interrupted save: never loaded, removed when the run starts again. Loading verifies every hash, shared
+out over the ranks; `saving` writes, `retention` prunes. docs/checkpoints.md tells users what to expect.
 """
 
 from __future__ import annotations
@@ -10,40 +11,26 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import torch.distributed as torch_dist
+import xxhash
 import yaml
 from pydantic import Field, ValidationError
 
 from cprec import dist
 from cprec.config import ParentConfig, RunConfig
 from cprec.errors import CheckpointError
-from cprec.format import file_hash, sync, write_atomically
+from cprec.format import file_hash, write_atomically
 from cprec.log import get_logger
 from cprec.schedule import PhaseName
 from cprec.settings import Settings, parse_settings
+from cprec.train.partitions import FileInfo
 
 log = get_logger(__name__)
 CONFIG, STATE = "config.yaml", "state.json"
 EXPORTED = "cprec_export.json"
 """What an export has, to say of which run and step it is."""
-
-
-class Saves(Protocol):
-    """The part of the engine that writes and reads one checkpoint's files; both calls are collective."""
-
-    zero_stage: int
-
-    def save(self, folder: Path, name: str) -> None: ...
-    def load(self, folder: Path, name: str) -> None: ...
-
-
-class FileInfo(Settings):
-    """One file of a checkpoint."""
-
-    bytes: int
-    xxh3_128: str
+BROKEN = "broken_"
+"""What the folder's name begins with when a checkpoint was put aside because its files were altered."""
 
 
 class State(Settings):
@@ -59,12 +46,27 @@ class State(Settings):
     """Gradient norms of the last good steps: what the guard's bound follows from."""
     quarantine: dict[str, list[int]] = Field({})
     """Rows, by corpus, that the run and its branches do not read again."""
+    valid_loss: float | None
+    """Validation loss over all corpora, in nats per token; null where the step was not validated."""
     config_hash: str
+    data_hashes: dict[str, str]
+    """Hash of the rows of each training corpus, by name, as in the run's `data.json`."""
     tokenizer_fingerprint: str
     world_size: int
     zero_stage: int
     parent: ParentConfig | None
     files: dict[str, FileInfo]
+    checksum: str = ""
+    """Hash of all the rest: `state.json` vouches for the other files, this for `state.json`."""
+
+    def sealed(self) -> State:
+        """The same with its checksum."""
+        bare = self.model_copy(update={"checksum": ""}).model_dump_json()
+        return self.model_copy(update={"checksum": xxhash.xxh3_128_hexdigest(bare.encode())})
+
+
+class BrokenError(CheckpointError):
+    """A checkpoint whose files are not what was written."""
 
 
 @dataclass(frozen=True)
@@ -104,95 +106,113 @@ def checkpoint_name(step: int) -> str:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The complete checkpoint in `folder`. Raises CheckpointError when there is none."""
+    """The complete checkpoint in `folder`, its other files not yet verified. Raises CheckpointError when there is none,
+    BrokenError when its `state.json` was altered."""
     path = folder / STATE
     if not path.is_file():
         raise CheckpointError(f"{folder} is no complete checkpoint: it has no {STATE}; complete ones: "
                               f"{', '.join(c.folder.name for c in list_checkpoints(folder.parent.parent)) or 'none'}")
     try:
-        return Checkpoint(folder, State.model_validate_json(path.read_text(encoding="utf-8")))
-    except ValidationError as e:
-        raise CheckpointError(f"{path} is not a valid checkpoint state: {e}") from None
-
-
-def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
-    """Complete checkpoints of a run, oldest first."""
-    folders = sorted(checkpoints_dir(run_dir).glob("step_*"))
-    return [read_checkpoint(f) for f in folders if (f / STATE).is_file()]
-
-
-def save_checkpoint(engine: Saves, run_dir: Path, state: State) -> Checkpoint:
-    """Write a checkpoint; it exists from the moment `state.json` does. Collective: every rank calls it."""
-    folder = checkpoints_dir(run_dir) / checkpoint_name(state.step)
-    if dist.rank() == 0:
-        for rest in sorted(checkpoints_dir(run_dir).glob("step_*")):
-            if not (rest / STATE).is_file():
-                log.warning("removed %s: an interrupted save left it without %s", rest, STATE)
-                shutil.rmtree(rest)
-    dist.barrier()
-    engine.save(folder.parent, folder.name)
-    state = state.model_copy(update={"files": _hash_files(folder)})
-    if dist.rank() == 0:
-        write_atomically(folder / STATE, state.model_dump_json(indent=1))
-    dist.barrier()
+        state = State.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as e:
+        raise BrokenError(f"{path} is not a valid checkpoint state: {e}") from None
+    if state.sealed() != state or checkpoint_name(state.step) != folder.name:
+        raise BrokenError(f"{path} was altered: its checksum or its step is wrong")
     return Checkpoint(folder, state)
 
 
-def load_checkpoint(engine: Saves, checkpoint: Checkpoint) -> None:
-    """Verify the files and load them. Raises CheckpointError naming what is missing, altered or does not fit."""
-    state = checkpoint.state
-    if state.world_size != dist.world_size() or state.zero_stage != engine.zero_stage:
-        raise CheckpointError(
-            f"{checkpoint.folder} was saved by {state.world_size} ranks under ZeRO stage {state.zero_stage}; this run "
-            f"has {dist.world_size()} ranks and stage {engine.zero_stage}; start it with the same numbers")
-    verify_checkpoint(checkpoint)
-    engine.load(checkpoint.folder.parent, checkpoint.folder.name)
+def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """Checkpoints of a run that have a sound `state.json`, oldest first; what else there is, see `find_rests`."""
+    found = []
+    for folder in sorted(checkpoints_dir(run_dir).glob("step_*")):
+        if (folder / STATE).is_file():
+            try:
+                found.append(read_checkpoint(folder))
+            except BrokenError:
+                continue  # said by whoever asks for it, or for the newest
+    return found
+
+
+def find_rests(run_dir: Path) -> list[Path]:
+    """Folders that interrupted saves and prunings left behind, without `state.json`."""
+    return [f for f in sorted(checkpoints_dir(run_dir).glob("step_*")) if not (f / STATE).is_file()]
 
 
 def verify_checkpoint(checkpoint: Checkpoint) -> None:
-    """Compare every file with its size and hash in `state.json`; raises CheckpointError naming those that differ."""
-    known = {name: info for name, info in checkpoint.state.files.items() if (checkpoint.folder / name).is_file()}
-    missing = sorted(set(checkpoint.state.files) - set(known))
-    if missing:
-        raise CheckpointError(f"{checkpoint.folder} lacks {', '.join(missing)}; {_remedy(checkpoint)}")
-    found = _hash_files(checkpoint.folder)
-    altered = sorted(name for name, info in checkpoint.state.files.items() if found[name] != info)
-    if altered:
-        raise CheckpointError(f"{checkpoint.folder} was altered: {', '.join(altered)} do not have the size and hash "
-                              f"that {STATE} says; {_remedy(checkpoint)}")
+    """Compare every file with its size and hash in `state.json`. Collective: each rank reads its share.
 
-
-def prune(run_dir: Path, *, keep_last: int, kept_for_good: set[int]) -> list[str]:
-    """Remove all but the newest `keep_last` checkpoints and those of the steps `kept_for_good`; names of the removed.
-
-    `state.json` goes first, so that a crash in between leaves no half checkpoint that looks whole. Rank 0 only.
+    Raises BrokenError naming the files that differ or are missing, or CheckpointError when one cannot be read.
     """
-    older = list_checkpoints(run_dir)[:-keep_last]
-    removed = [c for c in older if c.state.step not in kept_for_good]
-    for checkpoint in removed:
-        (checkpoint.folder / STATE).unlink()
-        shutil.rmtree(checkpoint.folder)
-    return [c.folder.name for c in removed]
+    broken, unreadable = [], []
+    for name in sorted(checkpoint.state.files)[dist.rank()::dist.world_size()]:
+        try:
+            if problem := _wrong_with(checkpoint.folder / name, checkpoint.state.files[name]):
+                broken.append(problem)
+        except OSError as e:
+            unreadable.append(f"{name}: {e.strerror}")
+    broken, unreadable = dist.gather_texts(broken), dist.gather_texts(unreadable)
+    if broken:
+        raise BrokenError(f"{checkpoint.folder} was altered: {'; '.join(sorted(broken))}; {_remedy(checkpoint)}")
+    if unreadable:
+        raise CheckpointError(f"{checkpoint.folder} cannot be read: {'; '.join(sorted(unreadable))}")
 
 
-def _hash_files(folder: Path) -> dict[str, FileInfo]:
-    """Size and hash of every file of a checkpoint but `state.json`; each rank reads its share. Collective."""
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != STATE)
-    mine = {n: _describe(folder / n) for n in names[dist.rank()::dist.world_size()]}
-    if not torch_dist.is_initialized() or dist.world_size() == 1:
-        return mine
-    shares: list[dict[str, FileInfo]] = [{}] * dist.world_size()
-    torch_dist.all_gather_object(shares, mine)
-    return {name: info for share in shares for name, info in share.items()}
+def _wrong_with(path: Path, info: FileInfo) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != info.bytes:
+        return f"{path.name} has {path.stat().st_size:,} bytes, {STATE} says {info.bytes:,}"
+    return None if file_hash(path) == info.xxh3_128 else f"{path.name} has not the hash that {STATE} says"
 
 
-def _describe(path: Path) -> FileInfo:
-    sync(path)  # state.json must not outlive, in a power loss, the files that it vouches for
-    return FileInfo(bytes=path.stat().st_size, xxh3_128=file_hash(path))
+def newest_sound(run_dir: Path) -> Checkpoint | None:
+    """The run's newest checkpoint whose files are as they were written; None where it has none at all. Collective, for
+    the run's only writer.
+
+    Rests of interrupted saves are removed and altered checkpoints put aside, by name, with a warning each: kept beside
+    the others they would count as one of the last. Raises CheckpointError when there are checkpoints and none is sound.
+    """
+    broken: dict[Path, str] = {}
+    rests = find_rests(run_dir)
+    for folder in sorted(set(checkpoints_dir(run_dir).glob("step_*")) - set(rests), reverse=True):
+        try:
+            found = read_checkpoint(folder)
+            verify_checkpoint(found)
+        except BrokenError as e:
+            broken[folder] = str(e)
+            continue
+        break
+    else:
+        if broken:
+            raise CheckpointError(f"no checkpoint of {run_dir} is sound; move {checkpoints_dir(run_dir)} away to begin "
+                                  f"anew:\n  " + "\n  ".join(broken.values()))
+        found = None
+    dist.barrier()  # every rank has looked
+    if dist.rank() == 0:
+        for rest in rests:
+            log.warning("removed %s: an interrupted save left it without %s", rest, STATE)
+            shutil.rmtree(rest)
+        for folder, why in broken.items():
+            log.warning("PASSED OVER, and put aside as %s%s: %s", BROKEN, folder.name, why)
+            _put_aside(folder)
+        if broken and found:
+            log.warning("going on from %s instead: the steps after it are done again", found.folder)
+    dist.barrier()
+    return found
+
+
+def _put_aside(folder: Path) -> None:
+    aside = folder.with_name(BROKEN + folder.name)
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.rename(aside)
+
+
+def write_state(folder: Path, sealed: State) -> None:
+    """Write `state.json`: from here on the checkpoint exists. Rank 0 only, when every file is on the disk."""
+    write_atomically(folder / STATE, sealed.model_dump_json(indent=1))
 
 
 def _remedy(checkpoint: Checkpoint) -> str:
     others = [c.folder.name for c in list_checkpoints(checkpoint.run_dir) if c.folder != checkpoint.folder]
-    if not others:
-        return "there is no other one: start the run anew in another folder"
-    return f"move it away to go on from another ({', '.join(others)})"
+    return f"others of the run: {', '.join(others)}" if others else "the run has no other one"

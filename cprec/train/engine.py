@@ -1,4 +1,4 @@
-"""DeepSpeed, and the only module that knows it: ZeRO, the optimizer step, its checkpoint files.
+"""DeepSpeed, and the only module that imports it: ZeRO, the optimizer step.
 
 reads: the DeepSpeed JSON of a run (ZeRO, offload, communication). Whatever the model computes in, gradients are summed
 over micro-batches and ranks, and weights are kept, in float32. The rate is written into the optimizer before every
@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +32,9 @@ from cprec.model import TrainingModel, compile_blocks, load_for_training
 from cprec.train.guard import Judge, judge_finite
 from cprec.train.lora import add_lora
 from cprec.train.optimizer import EmbeddingsOnly, parameter_groups
+from cprec.train.partitions import Layout, SavedState
 from cprec.train.plan import Plan
+from cprec.train.zero_state import ZeroState
 
 log = get_logger(__name__)
 MIN_DEEPSPEED = "0.19.8"
@@ -111,6 +112,7 @@ class Engine:
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
         if config.model.compile:
             compile_blocks(model.lm)
+        self._zero_state = ZeroState(self._engine.module, self._engine.optimizer)
         self._pending: _Pending | None = None
         for updating in (optimizer, getattr(self._optimizer, "backup_optimizer", None)):  # the second: partial offload
             if updating is not None:
@@ -200,24 +202,22 @@ class Engine:
         self._engine.train()
         return losses
 
-    def save(self, folder: Path, name: str) -> None:
-        """Write this rank's partitions and moments into `folder/name`; returns when every rank has written."""
-        self._engine.save_checkpoint(str(folder), tag=name, save_latest=False, client_state={})
-        dist.barrier()
+    def layout(self) -> Layout:
+        """This rank's share of weights and moments as a checkpoint has them: views, good until the next step."""
+        return self._zero_state.layout()
 
-    def load(self, folder: Path, name: str) -> None:
-        """Take weights and moments from `folder/name`, written on the same number of ranks. Raises CheckpointError."""
+    def load(self, saved: SavedState) -> None:
+        """Take weights, moments and counts of updates from a checkpoint, whatever ranks and stage saved it. Collective.
+        Raises CheckpointError when it is of another model."""
         try:
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=name, load_lr_scheduler_states=False)
-        except Exception as e:
-            error = CheckpointError(f"{folder / name}: DeepSpeed cannot load it: {type(e).__name__}: {e}")
-            error.on_one_rank = True
-            raise error from e
-        if loaded is None:
-            raise CheckpointError(f"{folder / name}: DeepSpeed found nothing to load there")
+            with torch.no_grad():
+                self._zero_state.load(saved)
+        except CheckpointError as e:
+            e.on_one_rank = True
+            raise
 
     def close(self) -> None:
-        """Release hooks and buffers; asynchronous writers would hang at exit without it."""
+        """Release hooks and buffers."""
         self._engine.destroy()
 
 

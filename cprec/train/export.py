@@ -1,8 +1,8 @@
 """A checkpoint as an ordinary Hugging Face folder: safetensors, config, tokenizer and a model card.
 
-reads: a checkpoint (ZeRO partitions, memory-mapped) and the folder or hub name that the run started from. writes:
+reads: a checkpoint (ranks' shares, memory-mapped) and the folder or hub name that the run started from. writes:
 `run/hf/` by rename of a finished folder; of a run with adapters the model with them merged, or the adapters alone as
-peft keeps them. Costs: memory of one output shard, not of the model.
+peft keeps them. Costs: memory of the largest tensor, twice in another precision, not of the model or a shard.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cprec.config import RunConfig
-from cprec.data.corpora import read_data_record
 from cprec.errors import CheckpointError
+from cprec.format import sync
 from cprec.log import get_logger
 from cprec.model import load_config, load_transformers_tokenizer
-from cprec.template import Template
 from cprec.train.checkpoint import EXPORTED, Checkpoint, read_run_config, verify_checkpoint
 from cprec.train.lora import adapter_tensors, merged, write_adapter_config
-from cprec.train.metrics import read_metrics
-from cprec.train.partitions import SavedWeights
+from cprec.train.model_card import model_card
+from cprec.train.partitions import DTYPES, SavedWeights
 
 log = get_logger(__name__)
 SHARD_BYTES = 4 << 30
@@ -60,18 +59,33 @@ def export(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype, adapter_onl
     load_transformers_tokenizer(config.model.path).save_pretrained(partial)
     (partial / "README.md").write_text(model_card(config, checkpoint), encoding="utf-8")
     (partial / EXPORTED).write_text(json.dumps(origin, indent=1), encoding="utf-8")
+    sync(partial)
     partial.rename(out)
+    sync(out.parent)
     log.info("exported step %d of %s to %s", checkpoint.state.step, checkpoint.run_dir, out)
 
 
 def _write_model(folder: Path, weights: SavedWeights, config: RunConfig, dtype: torch.dtype) -> None:
     lora = config.model.lora
-    _write_safetensors(folder, _cast(merged(weights, lora) if lora else weights.items(), dtype))
+    _write_safetensors(folder, _cast(merged(weights, lora) if lora else weights.items(), dtype), at_most=len(weights))
     model_config = load_config(config.model.path, trust_remote_code=config.model.trust_remote_code)
     model_config.dtype = dtype
     tokens = load_transformers_tokenizer(config.model.path).get_vocab().values()
     model_config.vocab_size = max(model_config.vocab_size, 1 + max(tokens))  # as in training
     model_config.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(_generation_config(config, model_config), encoding="utf-8")
+
+
+def _generation_config(config: RunConfig, model_config: Any) -> str:
+    """The base model's, as it is; of a model without one what its config says of tokens."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(config.model.path)
+    except OSError:
+        found = GenerationConfig.from_model_config(model_config)
+    text: str = found.to_json_string()
+    return text
 
 
 def _write_adapter(folder: Path, weights: SavedWeights, config: RunConfig, dtype: torch.dtype) -> None:
@@ -85,41 +99,6 @@ def _cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator
     return ((name, t.to(dtype) if t.is_floating_point() else t) for name, t in tensors)
 
 
-def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
-    """Model card of an export: base model, data, tokens, schedule, lineage and last losses, as measured."""
-    s = checkpoint.state
-    data = read_data_record(checkpoint.run_dir)
-    lineage = f"branch of {config.parent.run_dir} at step {config.parent.step:,}" if config.parent else "trunk"
-    lora = config.model.lora
-    schedule = (f"peak {config.optimizer.peak_lr:g}, warm-up {config.schedule.warmup.steps} steps, "
-                f"{config.schedule.text()}")
-    validation = [r for r in read_metrics(checkpoint.run_dir) if r["kind"] == "valid" and r["step"] <= s.step]
-    last = validation[-1]["loss_by_corpus"] if validation else {}
-    losses = [f"| {name} | {loss:.4f} |" for name, loss in last.items()]
-    rows = [f"| {name} | {c.n_documents:,} | {c.n_tokens:,} |" for name, c in data.corpora.items()]
-    return "\n".join([
-        "---", f"base_model: {config.model.path}", "library_name: transformers", "pipeline_tag: text-generation",
-        "tags: [recommendation, continual-pretraining, cprec]", "---", "", f"# {checkpoint.run_dir.name}", "",
-        f"Continual pre-training of `{config.model.path}` on behaviour sequences of {len(data.corpora)} corpora with "
-        f"CPRec (after arXiv:2504.08949).", "",
-        f"- step {s.step:,}, {s.tokens_seen:,} tokens seen, {s.phase} phase next, {lineage}",
-        f"- learning rate: {schedule}",
-        *([f"- LoRA adapters: r={lora.r}, alpha={lora.alpha:g}, on {lora.target_modules}"] if lora else []),
-        f"- prompt template {data.template.name!r}: {_shape(data.template)}" if data.template else "- plain text only",
-        f"- leak audit of the training data: {'passed' if data.is_audited else 'not passed'}",
-        "", "| training corpus | documents | tokens |", "|---|---:|---:|", *rows, "",
-        "| validation corpus | nats per token |", "|---|---:|", *losses, "",
-    ])
-
-
-def _shape(template: Template) -> str:
-    """The template in words."""
-    target = ("" if template.before_target is None else
-              f", {template.before_target!r} before the last item, which alone (with what follows) carries loss")
-    tail = f", {template.tail!r}" if template.tail else ""
-    return f"{template.lead_in!r}, then {template.item!r} per item{target}{tail}"
-
-
 def _check_same(out: Path, origin: dict[str, Any]) -> None:
     marker = out / EXPORTED
     found = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else None
@@ -128,35 +107,49 @@ def _check_same(out: Path, origin: dict[str, Any]) -> None:
                               f"--out another folder")
 
 
-def _write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write tensors in shards of at most SHARD_BYTES (a larger one alone), with the index that transformers reads."""
-    shards = list(_save_shards(folder, tensors))
-    total = sum(size for _, names in shards for size in names.values())
+def _write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, at_most: int) -> None:
+    """Write tensors, `at_most` so many, in shards of at most SHARD_BYTES (a larger one alone), with the index that
+    transformers reads."""
+    shards = [_Shard(folder / "part-0.safetensors", at_most)]
+    for name, tensor in tensors:
+        if shards[-1].names and shards[-1].n_bytes + tensor.nbytes > SHARD_BYTES:
+            shards[-1].close()
+            shards.append(_Shard(folder / f"part-{len(shards)}.safetensors", at_most))
+        shards[-1].add(name, tensor)
+    shards[-1].close()
     if len(shards) == 1:
-        shards[0][0].rename(folder / "model.safetensors")
+        shards[0].path.rename(folder / "model.safetensors")
         return
     weight_map = {}
-    for i, (path, names) in enumerate(shards, 1):
+    for i, shard in enumerate(shards, 1):
         final = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        path.rename(folder / final)
-        weight_map.update(dict.fromkeys(names, final))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        shard.path.rename(folder / final)
+        weight_map.update(dict.fromkeys(shard.names, final))
+    index = {"metadata": {"total_size": sum(s.n_bytes for s in shards)}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _save_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[Path, dict[str, int]]]:
-    """Files written, each with its tensors' names and sizes in bytes; holds one shard."""
-    held: dict[str, Tensor] = {}
-    n_files = 0
+class _Shard:
+    """A safetensors file that is written tensor by tensor, each forgotten at once: room is left for the header, which
+    the format lets end in spaces."""
 
-    def flush() -> tuple[Path, dict[str, int]]:
-        path = folder / f"part-{n_files:05d}.safetensors"
-        save_file(held, str(path), metadata={"format": "pt"})
-        return path, {name: t.nbytes for name, t in held.items()}
+    def __init__(self, path: Path, at_most: int) -> None:
+        self.path, self.n_bytes = path, 0
+        self.names: dict[str, Any] = {}
+        self._room = 1024 + 512 * at_most
+        self._file = path.open("wb")
+        self._file.seek(8 + self._room)
 
-    for name, tensor in tensors:
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > SHARD_BYTES:
-            yield flush()
-            held, n_files = {}, n_files + 1
-        held[name] = tensor
-    yield flush()
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.names[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                            "data_offsets": [self.n_bytes, self.n_bytes + tensor.nbytes]}
+        array: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        self._file.write(memoryview(array))
+        self.n_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self.names}).encode()
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.close()
+        sync(self.path)

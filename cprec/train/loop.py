@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,18 +30,22 @@ from cprec.settings import dump_settings
 from cprec.train.checkpoint import (
     Checkpoint,
     State,
+    checkpoint_name,
+    checkpoints_dir,
     list_checkpoints,
-    load_checkpoint,
-    prune,
+    newest_sound,
     read_checkpoint,
-    save_checkpoint,
+    verify_checkpoint,
 )
 from cprec.train.engine import Engine, StepResult
 from cprec.train.guard import QUARANTINE, Guard, read_quarantine, write_quarantine
 from cprec.train.metrics import BadStepRecord, MetricsLog
+from cprec.train.partitions import SavedState
 from cprec.train.plan import Plan, build_plan
 from cprec.train.profile import Trace, parse_steps
+from cprec.train.retention import lease
 from cprec.train.run_folder import check_run_folder, claim_run_folder
+from cprec.train.saving import Saver
 from cprec.train.validate import validate
 from cprec.train.watch import Watch
 
@@ -55,6 +58,8 @@ class Progress:
 
     step: int
     guard: Guard
+    valid_loss: float | None = None
+    """Of this very step."""
 
 
 def run(config: RunConfig, *, dry_run: bool = False, planned_world_size: int | None = None,
@@ -90,6 +95,8 @@ def train(config: RunConfig, *, traced: range = range(0)) -> bool:
     with ExitStack() as held:
         _hold(run_dir, held)
         claim_run_folder(run_dir, plan)
+        if plan.config.parent and dist.rank() == 0:
+            lease(plan.config.parent, run_dir)
         return _train(plan, run_dir, traced)
 
 
@@ -128,21 +135,23 @@ def _train(plan: Plan, run_dir: Path, traced: range) -> bool:
     progress = _resume(engine, plan, start)
     dataset.leave_out(progress.guard.quarantine)
     _announce(plan, engine)
+    saver = Saver(engine, run_dir, plan.config.checkpoint)
     metrics = MetricsLog(run_dir, plan.config, resume_step=progress.step if start else -1, active=dist.rank() == 0)
     try:
         with _asked_to_stop() as asked:
-            return _run(plan, engine, dataset, metrics, progress, trace, asked)
+            return _run(plan, engine, saver, dataset, metrics, progress, trace, asked)
     except DataError as e:
         e.on_one_rank = True  # a rank reads rows that no other one reads
         raise
     finally:
         trace.close()
         metrics.close()
+        saver.close()
         engine.close()
 
 
-def _run(plan: Plan, engine: Engine, dataset: PackedDataset, metrics: MetricsLog, progress: Progress, trace: Trace,
-         asked: list[int]) -> bool:
+def _run(plan: Plan, engine: Engine, saver: Saver, dataset: PackedDataset, metrics: MetricsLog, progress: Progress,
+         trace: Trace, asked: list[int]) -> bool:
     """Steps from `progress.step` to the last one, or to the next step's border after a signal."""
     total, log_every = plan.schedule.total_steps, plan.config.log_every
     checkpoint_steps, validation_steps = set(plan.checkpoint_steps()), set(plan.validation_steps())
@@ -161,24 +170,35 @@ def _run(plan: Plan, engine: Engine, dataset: PackedDataset, metrics: MetricsLog
             result = engine.step(step, plan.schedule.lr(progress.step), judge=progress.guard.judge, times=clock,
                                  asked_to_stop=asked)
             watch.add(step, result)
-            _guard(result, dataset, metrics, progress, Path(plan.config.run_dir))
-        progress.step += 1
+            _guard(result, dataset, metrics, progress, saver)
+        progress.step, progress.valid_loss = progress.step + 1, None
         n, stop = progress.step, result is not None and result.is_asked_to_stop
         trace.after(n)
+        if saver.is_under_way:
+            with clock.part("checkpoint", more=True):
+                saver.poll()
         saves = n in checkpoint_steps or stop
         if n % log_every == 0 or saves:  # also before it saves, so that a run that goes on from there logs the same
             with clock.part("logging"):
                 _log(metrics, watch, progress, total)
         if n in validation_steps:
             with clock.part("validation"):
-                metrics.write(validate(plan, engine, n))
+                progress.valid_loss = _validate(plan, engine, metrics, n)
         if saves:
             with clock.part("checkpoint"):
-                _save(plan, engine, progress)
+                saver.save(_state(plan, engine, progress))
         if stop and n < total:
+            saver.finish()
             log.warning("asked to stop: saved step %d of %d; the same command goes on from there", n, total)
             return False
+    saver.finish()
     return True
+
+
+def _validate(plan: Plan, engine: Engine, metrics: MetricsLog, step: int) -> float:
+    record = validate(plan, engine, step)
+    metrics.write(record)
+    return record.loss
 
 
 def _with_bar(steps: Iterator[Step], n_steps: int) -> Iterable[Step]:
@@ -192,7 +212,7 @@ def _log(metrics: MetricsLog, watch: Watch, progress: Progress, total_steps: int
         log.info("%s", record.line(total_steps))
 
 
-def _guard(result: StepResult, dataset: PackedDataset, metrics: MetricsLog, progress: Progress, run_dir: Path) -> None:
+def _guard(result: StepResult, dataset: PackedDataset, metrics: MetricsLog, progress: Progress, saver: Saver) -> None:
     """Count the step; of one whose update was left out, name and put aside the rows, and stop after too many."""
     guard = progress.guard
     if not result.rejected:
@@ -210,6 +230,8 @@ def _guard(result: StepResult, dataset: PackedDataset, metrics: MetricsLog, prog
                                 grad_norm=_finite(result.grad_norm), rows=rows))
     if not guard.is_exhausted:
         return
+    saver.finish()  # what is under way is sound, and what the run goes on from
+    run_dir = saver.run_dir
     if dist.rank() == 0:
         write_quarantine(run_dir, guard.quarantine)
     saved = list_checkpoints(run_dir)[-1:]
@@ -227,18 +249,17 @@ def _finite(value: float | None) -> float | None:
 
 
 def _starting_point(plan: Plan, run_dir: Path) -> Checkpoint | None:
-    """The run's newest complete checkpoint, else its parent's, else None: the model as it was published."""
-    own = list_checkpoints(run_dir)
-    if own:
-        return own[-1]
+    """The run's newest sound checkpoint, else its parent's, else None: the model as it was published. Collective."""
+    own = newest_sound(run_dir)
     parent = plan.config.parent
-    if parent is None:
-        return None
-    folder = Path(parent.run_dir) / "checkpoints" / f"step_{parent.step:08d}"
+    if own or parent is None:
+        return own
+    folder = checkpoints_dir(Path(parent.run_dir)) / checkpoint_name(parent.step)
     checkpoint = read_checkpoint(folder)
     if checkpoint.state_hash != parent.state_hash:
         raise CheckpointError(f"{folder} is not the checkpoint that {run_dir} branched from: its state.json has hash "
                               f"{checkpoint.state_hash}, the branch's config says {parent.state_hash}; branch anew")
+    verify_checkpoint(checkpoint)
     return checkpoint
 
 
@@ -247,9 +268,14 @@ def _resume(engine: Engine, plan: Plan, start: Checkpoint | None) -> Progress:
     if start is None:
         progress = Progress(plan.first_step, Guard(plan.config.guard))
     else:
-        load_checkpoint(engine, start)
-        log.info("loaded %s: step %d, %s tokens seen", start.folder, start.state.step, f"{start.state.tokens_seen:,}")
         state = start.state
+        _check_same_data(plan, start)
+        engine.load(SavedState(start.folder))
+        log.info("loaded %s: step %d, %s tokens seen", start.folder, state.step, f"{state.tokens_seen:,}")
+        if (state.world_size, state.zero_stage) != (plan.world_size, engine.zero_stage):
+            log.info("it was saved by %s under ZeRO stage %d; this is %s under stage %d",
+                     n_of(state.world_size, "rank"), state.zero_stage, n_of(plan.world_size, "rank"),
+                     engine.zero_stage)
         progress = Progress(state.step, Guard(plan.config.guard, bad_steps=state.bad_steps, quarantine=state.quarantine,
                                               recent_norms=state.recent_norms))
     progress.guard.put_aside(listed)
@@ -258,24 +284,25 @@ def _resume(engine: Engine, plan: Plan, start: Checkpoint | None) -> Progress:
     return progress
 
 
-def _save(plan: Plan, engine: Engine, progress: Progress) -> None:
-    started, run_dir = time.perf_counter(), Path(plan.config.run_dir)
+def _check_same_data(plan: Plan, start: Checkpoint) -> None:
+    """The checkpoint was trained on the run's corpora: a folder may have been copied from another run."""
+    ours, theirs = {name: c.rows_hash for name, c in plan.data.corpora.items()}, start.state.data_hashes
+    other = sorted(name for name in {*ours} & {*theirs} if ours[name] != theirs[name])
+    if other:
+        raise CheckpointError(f"{start.folder} was trained on other data: {', '.join(other)} have other hashes than in "
+                              f"data.packed={shown(plan.config.data.packed)}")
+
+
+def _state(plan: Plan, engine: Engine, progress: Progress) -> State:
     n, guard = progress.step, progress.guard
-    state = State(
+    return State(
         step=n, tokens_seen=n * plan.tokens_per_step, rows_seen=n * plan.config.batch.global_batch_size,
         lr=plan.schedule.lr(n), phase=plan.schedule.phase(n), bad_steps=guard.bad_steps,
-        recent_norms=guard.recent_norms, quarantine=guard.quarantine,
+        recent_norms=guard.recent_norms, quarantine=guard.quarantine, valid_loss=progress.valid_loss,
         config_hash=xxhash.xxh3_128_hexdigest(dump_settings(plan.config).encode()),
+        data_hashes={name: c.rows_hash for name, c in plan.data.corpora.items()},
         tokenizer_fingerprint=next(iter(plan.train.values())).tokenizer.fingerprint,
         world_size=plan.world_size, zero_stage=engine.zero_stage, parent=plan.config.parent, files={})
-    saved = save_checkpoint(engine, run_dir, state)
-    removed: list[str] = []
-    if dist.rank() == 0:
-        kept = {c.state.step for c in list_checkpoints(run_dir) if plan.is_kept(c.state.step)}
-        removed = prune(run_dir, keep_last=plan.config.checkpoint.keep_last, kept_for_good=kept)
-    dist.barrier()
-    log.info("saved %s in %.1f s%s", saved.folder, time.perf_counter() - started,
-             f"; pruned {', '.join(removed)}" if removed else "")
 
 
 def _open_data(plan: Plan) -> PackedDataset:

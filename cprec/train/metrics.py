@@ -102,6 +102,8 @@ class TrainRecord:
     step_s: float
     """Seconds of training per step."""
     time_s: PartTimes
+    save_stall_s: float | None
+    """Seconds in which training stood still for checkpoints; null when it did not."""
     memory: Memory
     eta_s: float
     """Seconds to the end of the run, with the validations and checkpoints that are to come."""

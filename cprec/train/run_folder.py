@@ -21,7 +21,7 @@ from cprec.train.plan import Plan
 
 FREE_TO_CHANGE = ("run_dir", "checkpoint", "validation", "log_every", "metrics", "guard", "data.packed", "data.verify",
                   "data.cache_dir", "data.cache_gb", "data.max_epochs", "data.when_dry", "batch.micro_batch_size",
-                  "model.attention", "model.activation_checkpointing", "model.compile", "deterministic")
+                  "model.attention", "model.activation_checkpointing", "model.compile", "deterministic", "deepspeed")
 """Fields that may differ when a run goes on: they change what is written or how it is computed, not what is trained.
 The run folder and the data may have moved: that they are the same is checked by what is in them. What `max_epochs` has
 decided up to now is checked by the rows that it gives."""

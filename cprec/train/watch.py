@@ -38,9 +38,9 @@ class Clock:
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
-    def part(self, name: str) -> AbstractContextManager[None]:
-        """While inside, the host's time is of this part."""
-        return self._host(name)
+    def part(self, name: str, *, more: bool = False) -> AbstractContextManager[None]:
+        """While inside, the host's time is of this part; with `more` of the same time that it was entered last."""
+        return self._host(name, more=more)
 
     def compute(self, name: str) -> AbstractContextManager[None]:
         """While inside, what is put to the device is of this part."""
@@ -66,8 +66,8 @@ class Clock:
         return taken
 
     @contextmanager
-    def _host(self, name: str) -> Iterator[None]:
-        self.times[name] += 1
+    def _host(self, name: str, *, more: bool = False) -> Iterator[None]:
+        self.times[name] += not more
         started = time.perf_counter()
         try:
             yield
@@ -141,7 +141,8 @@ class Watch:
             tokens_per_s_per_device=rows_s / plan.world_size,
             mfu=flops / (step_s * n) / (self._peak * plan.world_size) if self._peak else None,
             pad_share=self._n_pad / (plan.tokens_per_step * n), step_s=step_s, time_s=_per_step(parts, wall_s, n),
-            memory=memory(self._engine.device), eta_s=self._eta_s(step, step_s), bad_steps=bad_steps)
+            save_stall_s=parts["checkpoint"] or None, memory=memory(self._engine.device),
+            eta_s=self._eta_s(step, step_s), bad_steps=bad_steps)
         self._begin(now)
         return record
 

@@ -23,15 +23,17 @@ FLOORS = [
     "data_prep.duplicates data_prep.engines.duckdb data_prep.engines.spark "
     "data_prep.pictures data_prep.encode data_prep.rows data_prep.whole data_prep.vocabulary data_prep.queries "
     "data_prep.shots",
-    "cprec.train.metrics cprec.train.plan cprec.train.lora cprec.train.optimizer cprec.eval.scoring cprec.eval.walk "
-    "cprec.eval.protocols cprec.eval.events cprec.eval.controls "
+    "cprec.train.metrics cprec.train.plan cprec.train.lora cprec.train.optimizer cprec.train.zero_state "
+    "cprec.eval.scoring cprec.eval.walk cprec.eval.protocols cprec.eval.events cprec.eval.controls "
     "data_prep.readers data_prep.parsers.amazon data_prep.parsers.complete_journey data_prep.parsers.movielens "
     "data_prep.parsers.recbole data_prep.parsers.tabular data_prep.pack data_prep.report data_prep.engines.registry",
     "cprec.train.engine cprec.train.checkpoint cprec.plots cprec.eval.neighbours cprec.eval.sequential "
     "cprec.eval.answers cprec.eval.rank cprec.eval.beam cprec.eval.choice data_prep.parsers.registry "
     "data_prep.staging data_prep.proof",
-    "cprec.train.run_folder cprec.train.validate cprec.train.watch cprec.eval.baselines cprec.eval.comparison",
-    "cprec.eval.rankers cprec.eval.report cprec.train.loop cprec.train.steps cprec.train.branch cprec.train.family "
+    "cprec.train.run_folder cprec.train.retention cprec.train.model_card cprec.train.validate cprec.train.watch "
+    "cprec.eval.baselines cprec.eval.comparison",
+    "cprec.train.saving cprec.train.inventory cprec.eval.rankers cprec.eval.report",
+    "cprec.train.loop cprec.train.steps cprec.train.branch cprec.train.family "
     "cprec.train.export cprec.train.average data_prep.ingest data_prep.audit",
     "cprec.eval.run cprec.train.sweep cprec.compare data_prep.pipeline data_prep.look",
     "data_prep.estimate",

@@ -20,7 +20,7 @@ from cprec.train.checkpoint import list_checkpoints, read_run_config
 from cprec.train.export import export
 from cprec.train.lora import add_lora
 from cprec.train.metrics import read_metrics
-from cprec.train.partitions import SavedWeights
+from cprec.train.partitions import SavedState, SavedWeights
 from cprec.train.plan import build_plan
 
 STAGES = ["zero1", "zero2", "zero3"]
@@ -122,16 +122,13 @@ def test_in_the_first_phase_nothing_but_the_embeddings_changes_and_it_resumes_in
     at_4, at_8 = weights(runs[f"phase {stage}"], 4), weights(runs[f"phase {stage}"], 8)
     assert [n for n in at_4 if not torch.equal(at_4[n], origin[n])] == ["model.embed_tokens.weight"]
     assert [n for n in at_8 if torch.equal(at_8[n], at_4[n])] == []
-    assert update_counts(runs[f"phase {stage}"], 4) == [4]  # the embeddings' group alone has moments
-    assert update_counts(runs[f"phase {stage}"], 8) == [8, 2, 2]  # embeddings; matrices; vectors
+    assert update_counts(runs[f"phase {stage}"], 4) == {"embeddings": 4}  # which alone have moments
+    assert update_counts(runs[f"phase {stage}"], 8) == {"embeddings": 8, "matrices": 2, "vectors": 2}
 
 
-def update_counts(run: Path, step: int) -> list[int]:
+def update_counts(run: Path, step: int) -> dict[str, int]:
     """AdamW's count of updates of every parameter group that it has seen, in a checkpoint."""
-    file = sorted((run / f"checkpoints/step_{step:08d}").glob("*optim_states.pt"))[0]
-    saved = torch.load(file, weights_only=False)["optimizer_state_dict"]
-    states = saved.get("optimizer_state_dict") or saved["base_optimizer_state"]
-    return [int(s["step"]) for s in states["state"].values() if s]
+    return SavedState(run / f"checkpoints/step_{step:08d}").updates
 
 
 def test_a_phase_of_embeddings_is_planned_in_steps_and_does_not_go_with_adapters(world: dict[str, Any]) -> None:

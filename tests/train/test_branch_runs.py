@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from cprec.compare import compare
 from cprec.config import Length
@@ -22,6 +23,7 @@ from cprec.format import file_hash
 from cprec.train import sweep
 from cprec.train.branch import find_parent
 from cprec.train.metrics import read_metrics
+from cprec.train.partitions import SavedState
 from tests.eval.folders import Query, Shop, write_queries
 
 LAUNCH = tiny.REPO / "launch"
@@ -51,24 +53,15 @@ def tree_hashes(folder: Path) -> dict[str, str]:
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint's files (weights, master weights, moments, step counts), by file and place."""
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(value: Any, name: str) -> None:
-        if isinstance(value, torch.Tensor):
-            found[name] = value
-        elif isinstance(value, dict | list | tuple):
-            for k, v in value.items() if isinstance(value, dict) else enumerate(value):
-                walk(v, f"{name}/{k}")
-
-    for path in sorted(checkpoint.glob("*.pt")):
-        walk(torch.load(path, map_location="cpu", weights_only=False), path.name)
-    return found
+    """Every tensor of a checkpoint's files, by file and name."""
+    return {f"{path.name}/{name}": tensor for path in sorted(checkpoint.glob("rank_*.safetensors"))
+            for name, tensor in load_file(path).items()}
 
 
 def assert_same_tensors(a: Path, b: Path) -> None:
     left, right = tensors_of(a), tensors_of(b)
-    assert left.keys() == right.keys() and any("exp_avg" in name for name in left)
+    assert left.keys() == right.keys() and any("exp_avg" in name for name in left), list(left)
+    assert SavedState(a).updates == SavedState(b).updates
     assert not [name for name in left if not torch.equal(left[name], right[name])]
 
 
@@ -136,13 +129,12 @@ def test_a_way_back_goes_on_with_the_annealed_weights_and_moments(branches: dict
     low = 1e-3
     assert [(r["step"], r["phase"]) for r in log] == [(11, "rewarm"), (12, "rewarm"), (13, "stable")]
     assert [r["lr"] for r in log] == pytest.approx([(low + 1e-2) / 2, 1e-2, 1e-2])
-    steps = [t for name, t in tensors_of(run / "checkpoints/step_00000013").items() if name.endswith("/step")]
-    assert steps and {float(t) for t in steps} == {13.0}
+    assert set(SavedState(run / "checkpoints/step_00000013").updates.values()) == {13}
 
 
 def test_a_parent_whose_files_have_changed_is_refused(trunk: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(trunk, tmp_path / "trunk"))
-    victim = next((copy / "checkpoints/step_00000008").glob("*optim_states.pt"))
+    victim = next((copy / "checkpoints/step_00000008").glob("rank_*.safetensors"))
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from cprec.errors import CheckpointError
 from cprec.train.checkpoint import State, read_checkpoint
 from cprec.train.guard import Guard, read_quarantine, write_quarantine
 from cprec.train.metrics import read_metrics
+from cprec.train.partitions import SavedState
 from cprec.train.plan import build_plan
 
 NAN_TOKEN, SPIKE_TOKEN = 200, 201
@@ -94,28 +94,16 @@ def poisoned_and_spared(values: dict[str, Any], name: str, **changes: Any) -> li
     return [met, spared]
 
 
-def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from tensors(inner, f"{path}/{key}")
-    elif isinstance(value, list | tuple):
-        for key, inner in enumerate(value):
-            yield from tensors(inner, f"{path}/{key}")
-
-
 def saved_tensors(run_dir: str, step: int = STEPS) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint: weights, master weights, both moments, step counts."""
-    found = {}
-    for file in sorted((Path(run_dir) / f"checkpoints/step_{step:08d}").glob("*.pt")):
-        found.update({f"{file.name}{path}": t for path, t in tensors(torch.load(file, weights_only=False))})
-    return found
+    """Every tensor of a checkpoint: master weights and both moments, and each group's count of updates."""
+    saved = SavedState(Path(run_dir) / f"checkpoints/step_{step:08d}")
+    counts = {f"updates/{name}": torch.tensor(n) for name, n in saved.updates.items()}
+    return {**{key: saved.read(key) for key in saved.shapes}, **counts}
 
 
 def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert sorted(a) == sorted(b)
-    assert {"exp_avg", "exp_avg_sq", "step"} <= {name.rsplit("/", 1)[1] for name in a}
+    assert {name.partition("/")[0] for name in a} == {"weight", "exp_avg", "exp_avg_sq", "updates"}
     differing = [name for name in a if not torch.equal(a[name].nan_to_num(), b[name].nan_to_num())]
     assert not differing
 

@@ -1,0 +1,124 @@
+"""Which checkpoints of a run are kept, and why; the others are pruned.
+
+reads: the run's checkpoints and `run/branches/`, where a branch leaves a lease on the checkpoint that it began from.
+Kept are the last ones, the stable ones at multiples of `keep_stable_every`, the best by validation loss, and parents of
+living branches. A branch lives as long as its run folder does.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import xxhash
+import yaml
+from pydantic import ValidationError
+
+from cprec.config import CheckpointConfig, ParentConfig
+from cprec.errors import CheckpointError, ConfigError
+from cprec.format import sync, write_atomically
+from cprec.log import get_logger
+from cprec.settings import Settings
+from cprec.train.checkpoint import (
+    CONFIG,
+    STATE,
+    Checkpoint,
+    checkpoint_name,
+    checkpoints_dir,
+    list_checkpoints,
+    read_run_config,
+)
+
+log = get_logger(__name__)
+PRUNED = STATE + ".pruned"
+
+
+class Lease(Settings):
+    """What a branch leaves with its parent: which checkpoint it needs, and where the branch is."""
+
+    run_dir: str
+    step: int
+
+
+def reasons_to_keep(checkpoints: list[Checkpoint], config: CheckpointConfig,
+                    branches: dict[int, list[str]]) -> dict[int, list[str]]:
+    """Why each of `checkpoints` is kept, by step; nothing for those that are not. Ties of the best: the later."""
+    reasons: dict[int, list[str]] = {c.state.step: [] for c in checkpoints}
+    for c in checkpoints[-config.keep_last:]:
+        reasons[c.state.step].append("last")
+    for step, state in ((c.state.step, c.state) for c in checkpoints):
+        if config.keep_stable_every and state.phase == "stable" and step % config.keep_stable_every == 0:
+            reasons[step].append("stable")
+        reasons[step] += [f"parent of {run_dir}" for run_dir in branches.get(step, [])]
+    scored = sorted((c.state.valid_loss, -c.state.step) for c in checkpoints if c.state.valid_loss is not None)
+    for _, negative in scored[:config.keep_best or 0]:
+        reasons[-negative].append("best")
+    return reasons
+
+
+def prunable(run_dir: Path, config: CheckpointConfig) -> list[str]:
+    """Names of the checkpoints that `prune` would remove now."""
+    checkpoints = list_checkpoints(run_dir)
+    reasons = reasons_to_keep(checkpoints, config, living_branches(run_dir))
+    return [c.folder.name for c in checkpoints if not reasons[c.state.step]]
+
+
+def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
+    """Remove the checkpoints that nothing keeps; their names. For the run's only writer, one process.
+
+    `state.json` goes first, so that a crash in between leaves no half checkpoint that looks whole. A branch that took
+    its lease in this very moment is given its parent back.
+    """
+    removed = []
+    for name in prunable(run_dir, config):
+        folder = checkpoints_dir(run_dir) / name
+        (folder / STATE).rename(folder / PRUNED)
+        sync(folder)
+        if any(checkpoint_name(step) == name for step in living_branches(run_dir)):
+            (folder / PRUNED).rename(folder / STATE)
+            continue
+        shutil.rmtree(folder)
+        removed.append(name)
+    return removed
+
+
+def lease(parent: ParentConfig, run_dir: Path) -> None:
+    """Have the parent keep the checkpoint that the branch in `run_dir` began from. Where the parent's folder may not be
+    written, a warning: nothing prunes it but its own run."""
+    folder = Path(parent.run_dir) / "branches"
+    value = Lease(run_dir=str(run_dir.absolute()), step=parent.step)
+    path = folder / f"{xxhash.xxh3_64_hexdigest(value.run_dir.encode())}.json"
+    try:
+        folder.mkdir(exist_ok=True)
+        write_atomically(path, value.model_dump_json(indent=1))
+    except OSError as e:
+        log.warning("could not leave a lease in %s (%s): if that run goes on, it may prune %s, which this branch needs "
+                    "until its own first checkpoint", folder, e.strerror, checkpoint_name(parent.step))
+
+
+def living_branches(run_dir: Path) -> dict[int, list[str]]:
+    """The folders of the branches that live, by the step that they began from; also of one that lies on a disk that is
+    not there. Raises CheckpointError when a lease cannot be read."""
+    found: dict[int, list[str]] = {}
+    for path in sorted((run_dir / "branches").glob("*.json")):
+        try:
+            value = Lease.model_validate_json(path.read_text(encoding="utf-8"))
+        except (ValidationError, OSError, UnicodeDecodeError) as e:
+            raise CheckpointError(f"{path} is no lease of a branch, so nothing can be pruned: {e}; delete it if the "
+                                  f"branch is gone") from None
+        if _lives(value):
+            found.setdefault(value.step, []).append(value.run_dir)
+    return found
+
+
+def _lives(branch: Lease) -> bool:
+    folder = Path(branch.run_dir)
+    if not folder.parent.is_dir():
+        return True  # its disk may not be mounted
+    if not (folder / CONFIG).is_file():
+        return False
+    try:
+        parent = read_run_config(folder).parent
+    except (ConfigError, yaml.YAMLError):
+        return True
+    return parent is not None and parent.step == branch.step
