@@ -10,11 +10,12 @@ READER_VENV ?= .venv-bench-reader
 READER_BIN := $(READER_VENV)/bin
 TRAIN_VENV ?= .venv-bench-train
 TRAIN_BIN := $(TRAIN_VENV)/bin
+KILLS ?= 200
 # make bench-prep ARGS='--events 1e6,1e7,1e8' OUT=docs
 ARGS ?=
 OUT ?=
 
-.PHONY: quickstart test lint bench-prep bench-reader bench-train bench-rank clean
+.PHONY: quickstart test lint bench-prep bench-reader bench-train bench-rank soak clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart.py --model $(MODEL)
@@ -79,6 +80,10 @@ $(TRAIN_VENV)/.installed: setup.cfg constraints.txt benchmarks/train/constraints
 # Needs nothing but what the quickstart needs.
 bench-rank: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.rank.run $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# Kills training at random moments; about ten minutes on two cores. The same command goes on where it was stopped.
+soak: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.faults.run --kills $(KILLS) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) $(READER_VENV) $(TRAIN_VENV) work

@@ -37,6 +37,7 @@ from cprec.train.checkpoint import (
     read_checkpoint,
     verify_checkpoint,
 )
+from cprec.train.disk import name_refused_writes
 from cprec.train.engine import Engine, StepResult
 from cprec.train.guard import QUARANTINE, Guard, read_quarantine, write_quarantine
 from cprec.train.metrics import BadStepRecord, MetricsLog
@@ -92,7 +93,7 @@ def train(config: RunConfig, *, traced: range = range(0)) -> bool:
     plan = build_plan(config, dist.world_size())
     _check_one_view(plan)
     run_dir = Path(plan.config.run_dir)
-    with ExitStack() as held:
+    with name_refused_writes(run_dir), ExitStack() as held:
         _hold(run_dir, held)
         claim_run_folder(run_dir, plan)
         if plan.config.parent and dist.rank() == 0:
