@@ -1,7 +1,7 @@
 """What every launch script does around its work: logging, errors as one clear message, exit codes.
 
-Exit codes: 0 done, 1 other error, 2 bad config, 3 bad data, 4 bad checkpoint, 5 diverged, 75 stopped when asked, start
-again to go on.
+Exit codes: 0 done, 1 other error, 2 bad config, 3 bad data, 4 bad checkpoint, 5 diverged, 6 bad machine, 75 stopped
+when asked, start again to go on, 76 hung, start again.
 """
 
 from __future__ import annotations

@@ -284,6 +284,14 @@ class GuardConfig(Settings):
     """Steps whose update may be left out, over the whole run, before it stops."""
 
 
+class WatchdogConfig(Settings):
+    """When a run that stands still is ended (docs/preflight.md)."""
+
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 300.0
+    """Most seconds from one micro-batch, validation row or rest of a step to the next; six times as long for the first
+    steps and a checkpoint. null: never. Keep it below the process group's own limit (NCCL: 600), which says less."""
+
+
 class WandbConfig(Settings):
     """Weights & Biases; `mode` defaults to what the environment says (WANDB_MODE)."""
 
@@ -336,6 +344,9 @@ class RunConfig(Settings):
     """Steps that one record sums up."""
     metrics: MetricsConfig = MetricsConfig()
     guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    preflight: bool = False
+    """Examine every machine before the run starts (docs/preflight.md): seconds, and none that is bad takes part."""
     parent: ParentConfig | None = None
 
     @model_validator(mode="after")

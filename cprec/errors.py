@@ -41,8 +41,16 @@ class DivergedError(CPRecError):
     exit_code = 5
 
 
+class ClusterError(CPRecError):
+    """A machine that cannot take part in a run: names the host and what is wrong with it."""
+
+    exit_code = 6
+
+
 EXIT_REQUEUE = 75
 """Exit code (EX_TEMPFAIL) of a run that was asked to stop, saved, and wants to be started again."""
+EXIT_HANG = 76
+"""Exit code of a rank that its watchdog ended; the run goes on from its newest checkpoint when it is started again."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

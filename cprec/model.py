@@ -43,6 +43,7 @@ class ModelShape:
     n_frozen_params: int
     """Multiplied, but not trained: those under LoRA adapters."""
     n_layers: int
+    hidden_size: int
     attention_size: int
     """Query heads times the size of a head; not the hidden size in every family (Qwen3, Gemma)."""
 
@@ -97,7 +98,7 @@ class TrainingModel(nn.Module):
         frozen = [p for p in self.lm.parameters() if not p.requires_grad and (tied or p is not embedding)]
         return ModelShape(
             n_params=sum(_numel(p) for p in self.lm.parameters()), n_embedding_params=0 if tied else _numel(embedding),
-            n_frozen_params=sum(map(_numel, frozen)), n_layers=c.num_hidden_layers,
+            n_frozen_params=sum(map(_numel, frozen)), n_layers=c.num_hidden_layers, hidden_size=c.hidden_size,
             attention_size=c.num_attention_heads * head_size)
 
 
@@ -123,6 +124,21 @@ def load_for_training(path: str, *, backend: str, dtype: torch.dtype, seq_len: i
         _recompute_every(lm, activation_checkpointing)
     lm.train()
     return TrainingModel(lm)
+
+
+def describe(path: str, *, dtype: torch.dtype, implementation: str, trust_remote_code: bool,
+             vocab_size: int | None) -> PreTrainedModel:
+    """The model at `path` in training mode, from its config alone: on the meta device, where tensors have no content.
+
+    `vocab_size`: of the tokenizer, where it may have more tokens than the model.
+    """
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    config.vocab_size = max(config.vocab_size, vocab_size or 0)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation,
+                                              trust_remote_code=trust_remote_code)
+    _switch_off_dropout(lm)
+    return lm.train()
 
 
 def load_for_inference(path: str, *, attention: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -18,6 +18,9 @@ from pathlib import Path
 import xxhash
 
 from cprec import dist
+from cprec.cluster import preflight
+from cprec.cluster.straggler import Stragglers
+from cprec.cluster.watchdog import Watchdog
 from cprec.config import RunConfig
 from cprec.data.corpora import shown
 from cprec.data.dataset import PackedDataset, Step, open_corpora
@@ -90,6 +93,8 @@ def train(config: RunConfig, *, traced: range = range(0)) -> bool:
     Collective: every rank calls it. Raises ConfigError, DataError, CheckpointError or DivergedError.
     """
     dist.init()
+    if config.preflight:
+        preflight.examine(config)
     plan = build_plan(config, dist.world_size())
     _check_one_view(plan)
     run_dir = Path(plan.config.run_dir)
@@ -139,8 +144,8 @@ def _train(plan: Plan, run_dir: Path, traced: range) -> bool:
     saver = Saver(engine, run_dir, plan.config.checkpoint)
     metrics = MetricsLog(run_dir, plan.config, resume_step=progress.step if start else -1, active=dist.rank() == 0)
     try:
-        with _asked_to_stop() as asked:
-            return _run(plan, engine, saver, dataset, metrics, progress, trace, asked)
+        with _asked_to_stop() as asked, Watchdog(run_dir, timeout_s=plan.config.watchdog.timeout_s) as watchdog:
+            return _run(plan, engine, saver, dataset, metrics, progress, trace, asked, watchdog)
     except DataError as e:
         e.on_one_rank = True  # a rank reads rows that no other one reads
         raise
@@ -152,15 +157,15 @@ def _train(plan: Plan, run_dir: Path, traced: range) -> bool:
 
 
 def _run(plan: Plan, engine: Engine, saver: Saver, dataset: PackedDataset, metrics: MetricsLog, progress: Progress,
-         trace: Trace, asked: list[int]) -> bool:
+         trace: Trace, asked: list[int], watchdog: Watchdog) -> bool:
     """Steps from `progress.step` to the last one, or to the next step's border after a signal."""
     total, log_every = plan.schedule.total_steps, plan.config.log_every
     checkpoint_steps, validation_steps = set(plan.checkpoint_steps()), set(plan.validation_steps())
-    watch = Watch(plan, engine)
+    watch, stragglers = Watch(plan, engine, alive=watchdog.beat), Stragglers(engine.device)
     clock = watch.clock
     if plan.valid and progress.step == 0:
         with clock.part("validation"):
-            metrics.write(validate(plan, engine, 0))
+            metrics.write(validate(plan, engine, 0, alive=watchdog.beat))
     for step in clock.each("data", _with_bar(dataset.steps(progress.step, total), total - progress.step)):
         trace.before(progress.step + 1)
         result = None
@@ -175,29 +180,33 @@ def _run(plan: Plan, engine: Engine, saver: Saver, dataset: PackedDataset, metri
         progress.step, progress.valid_loss = progress.step + 1, None
         n, stop = progress.step, result is not None and result.is_asked_to_stop
         trace.after(n)
+        watchdog.step_done(n)
         if saver.is_under_way:
             with clock.part("checkpoint", more=True):
                 saver.poll()
         saves = n in checkpoint_steps or stop
         if n % log_every == 0 or saves:  # also before it saves, so that a run that goes on from there logs the same
             with clock.part("logging"):
-                _log(metrics, watch, progress, total)
+                _log(metrics, watch, stragglers, progress, total)
         if n in validation_steps:
             with clock.part("validation"):
-                progress.valid_loss = _validate(plan, engine, metrics, n)
+                progress.valid_loss = _validate(plan, engine, metrics, n, watchdog)
         if saves:
             with clock.part("checkpoint"):
+                watchdog.expect_long()
                 saver.save(_state(plan, engine, progress))
         if stop and n < total:
+            watchdog.expect_long()
             saver.finish()
             log.warning("asked to stop: saved step %d of %d; the same command goes on from there", n, total)
             return False
+    watchdog.expect_long()
     saver.finish()
     return True
 
 
-def _validate(plan: Plan, engine: Engine, metrics: MetricsLog, step: int) -> float:
-    record = validate(plan, engine, step)
+def _validate(plan: Plan, engine: Engine, metrics: MetricsLog, step: int, watchdog: Watchdog) -> float:
+    record = validate(plan, engine, step, alive=watchdog.beat)
     metrics.write(record)
     return record.loss
 
@@ -206,11 +215,12 @@ def _with_bar(steps: Iterator[Step], n_steps: int) -> Iterable[Step]:
     return with_bar(steps, total=n_steps, label="train", unit="step", lines=False) if dist.rank() == 0 else steps
 
 
-def _log(metrics: MetricsLog, watch: Watch, progress: Progress, total_steps: int) -> None:
+def _log(metrics: MetricsLog, watch: Watch, stragglers: Stragglers, progress: Progress, total_steps: int) -> None:
     record = watch.record(progress.step, bad_steps=progress.guard.bad_steps)
     if record:
         metrics.write(record)
         log.info("%s", record.line(total_steps))
+        stragglers.look(progress.step, step_s=record.step_s, data_s=record.time_s.data)
 
 
 def _guard(result: StepResult, dataset: PackedDataset, metrics: MetricsLog, progress: Progress, saver: Saver) -> None:

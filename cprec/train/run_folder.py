@@ -19,7 +19,8 @@ from cprec.train.checkpoint import CONFIG, list_checkpoints, read_run_config
 from cprec.train.order import build_order
 from cprec.train.plan import Plan
 
-FREE_TO_CHANGE = ("run_dir", "checkpoint", "validation", "log_every", "metrics", "guard", "data.packed", "data.verify",
+FREE_TO_CHANGE = ("run_dir", "checkpoint", "validation", "log_every", "metrics", "guard", "watchdog", "preflight",
+                  "data.packed", "data.verify",
                   "data.cache_dir", "data.cache_gb", "data.max_epochs", "data.when_dry", "batch.micro_batch_size",
                   "model.attention", "model.activation_checkpointing", "model.compile", "deterministic", "deepspeed")
 """Fields that may differ when a run goes on: they change what is written or how it is computed, not what is trained.

@@ -6,6 +6,8 @@ over the ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from cprec import dist
@@ -21,11 +23,13 @@ from cprec.train.plan import Plan
 log = get_logger(__name__)
 
 
-def validate(plan: Plan, engine: Engine, step: int) -> ValidationRecord:
-    """Loss of every validation corpus on `rows_per_corpus` of its rows, the same ones every time. Collective."""
+def validate(plan: Plan, engine: Engine, step: int, *, alive: Callable[[], None]) -> ValidationRecord:
+    """Loss of every validation corpus on `rows_per_corpus` of its rows, the same ones every time. Collective.
+
+    `alive` is called before every row."""
     losses, total, n_total = {}, 0.0, 0.0
     for name, manifest in plan.valid.items():
-        loss_sum, n_valid = _validate_corpus(plan, engine, name, manifest)
+        loss_sum, n_valid = _validate_corpus(plan, engine, name, manifest, alive)
         losses[name] = loss_sum / n_valid
         total, n_total = total + loss_sum, n_total + n_valid
     shown = "  ".join(f"{name.removeprefix('valid/')} {loss:.3f}" for name, loss in losses.items())
@@ -33,7 +37,8 @@ def validate(plan: Plan, engine: Engine, step: int) -> ValidationRecord:
     return ValidationRecord(step=step, loss=total / n_total, loss_by_corpus=losses)
 
 
-def _validate_corpus(plan: Plan, engine: Engine, name: str, manifest: Manifest) -> tuple[float, float]:
+def _validate_corpus(plan: Plan, engine: Engine, name: str, manifest: Manifest,
+                     alive: Callable[[], None]) -> tuple[float, float]:
     """Summed loss and predicted tokens over all ranks. Ranks without a row left run a row that does not count, since
     under ZeRO-3 every rank takes part in every forward."""
     corpus = _open_valid(plan, name, manifest)
@@ -41,6 +46,7 @@ def _validate_corpus(plan: Plan, engine: Engine, name: str, manifest: Manifest) 
     rows = permute(np.arange(n_rows), len(corpus), key=(plan.config.data.seed, name, 0))
     loss_sum = n_valid = 0.0
     for first in range(0, n_rows, plan.world_size):
+        alive()
         mine = first + dist.rank()
         batch = collate([corpus[int(rows[min(mine, n_rows - 1)])]], [0])
         loss = float(engine.row_losses(batch).sum())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
@@ -29,9 +29,12 @@ _SMOOTH_STEPS = 100
 
 
 class Clock:
-    """Seconds by part of training, summed until they are taken. Parts that compute are timed by the device."""
+    """Seconds by part of training, summed until they are taken. Parts that compute are timed by the device.
 
-    def __init__(self, device: torch.device) -> None:
+    `alive` is called whenever a part begins."""
+
+    def __init__(self, device: torch.device, *, alive: Callable[[], None] = lambda: None) -> None:
+        self._alive = alive
         self._on_gpu = device.type == "cuda"
         self.times: dict[str, int] = defaultdict(int)
         """How often each part of the host's was entered."""
@@ -40,17 +43,19 @@ class Clock:
 
     def part(self, name: str, *, more: bool = False) -> AbstractContextManager[None]:
         """While inside, the host's time is of this part; with `more` of the same time that it was entered last."""
+        self._alive()
         return self._host(name, more=more)
 
     def compute(self, name: str) -> AbstractContextManager[None]:
         """While inside, what is put to the device is of this part."""
+        self._alive()
         return self._device(name) if self._on_gpu else self._host(name)
 
     def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
         """The items; waiting for them is of this part."""
         iterator = iter(items)
         while True:
-            with self._host(name):
+            with self.part(name):
                 try:
                     item = next(iterator)
                 except StopIteration:
@@ -86,8 +91,8 @@ class Clock:
 class Watch:
     """Sums up the steps since the last record."""
 
-    def __init__(self, plan: Plan, engine: Engine) -> None:
-        self.clock = Clock(engine.device)
+    def __init__(self, plan: Plan, engine: Engine, *, alive: Callable[[], None] = lambda: None) -> None:
+        self.clock = Clock(engine.device, alive=alive)
         self._plan, self._engine = plan, engine
         self._peak = peak_flops(engine.device)
         self._pace_s: float | None = None

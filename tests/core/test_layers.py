@@ -13,8 +13,10 @@ FLOORS = [
     "cprec.template",
     "cprec.format cprec.schedule cprec.dist cprec.attention cprec.loss cprec.settings cprec.tokenizer cprec.process "
     "cprec.storage",
-    "cprec.data.remote data_prep.records data_prep.ragged data_prep.templates data_prep.sources data_prep.disk",
-    "cprec.cli cprec.config cprec.data.sampler cprec.data.corpora cprec.data.collate cprec.data.peek "
+    "cprec.data.remote cprec.cluster.probe cprec.cluster.watchdog "
+    "data_prep.records data_prep.ragged data_prep.templates data_prep.sources data_prep.disk",
+    "cprec.cli cprec.config cprec.cluster.straggler "
+    "cprec.data.sampler cprec.data.corpora cprec.data.collate cprec.data.peek "
     "data_prep.config data_prep.engine data_prep.workers data_prep.plan",
     "cprec.data.dataset cprec.model cprec.base cprec.train.guard cprec.train.profile cprec.train.trackers "
     "cprec.train.order cprec.train.partitions cprec.train.disk "
@@ -27,12 +29,12 @@ FLOORS = [
     "cprec.eval.scoring cprec.eval.walk cprec.eval.protocols cprec.eval.events cprec.eval.controls "
     "data_prep.readers data_prep.parsers.amazon data_prep.parsers.complete_journey data_prep.parsers.movielens "
     "data_prep.parsers.recbole data_prep.parsers.tabular data_prep.pack data_prep.report data_prep.engines.registry",
-    "cprec.train.engine cprec.train.checkpoint cprec.plots cprec.eval.neighbours cprec.eval.sequential "
-    "cprec.eval.answers cprec.eval.rank cprec.eval.beam cprec.eval.choice data_prep.parsers.registry "
-    "data_prep.staging data_prep.proof",
+    "cprec.train.engine cprec.train.checkpoint cprec.cluster.memory cprec.plots cprec.eval.neighbours "
+    "cprec.eval.sequential cprec.eval.answers cprec.eval.rank cprec.eval.beam cprec.eval.choice "
+    "data_prep.parsers.registry data_prep.staging data_prep.proof",
     "cprec.train.run_folder cprec.train.retention cprec.train.model_card cprec.train.validate cprec.train.watch "
-    "cprec.eval.baselines cprec.eval.comparison",
-    "cprec.train.saving cprec.train.inventory cprec.eval.rankers cprec.eval.report",
+    "cprec.cluster.facts cprec.cluster.cost cprec.eval.baselines cprec.eval.comparison",
+    "cprec.cluster.preflight cprec.train.saving cprec.train.inventory cprec.eval.rankers cprec.eval.report",
     "cprec.train.loop cprec.train.steps cprec.train.branch cprec.train.family "
     "cprec.train.export cprec.train.average data_prep.ingest data_prep.audit",
     "cprec.eval.run cprec.train.sweep cprec.compare data_prep.pipeline data_prep.look",

@@ -49,7 +49,8 @@ def log_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 
 def tree_hashes(folder: Path) -> dict[str, str]:
-    return {str(p): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    """All that a branch leaves as it is: everything but its own lease."""
+    return {str(p): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.parent.name != "branches"}
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
