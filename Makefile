@@ -15,13 +15,18 @@ KILLS ?= 200
 ARGS ?=
 OUT ?=
 
-.PHONY: quickstart test lint bench-prep bench-reader bench-train bench-rank soak clean
+.PHONY: quickstart test test-cluster lint bench-prep bench-reader bench-train bench-rank soak clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart.py --model $(MODEL)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# SLURM, MPI and several hosts, on this machine: what of them is not installed is skipped, and pytest says so.
+test-cluster: EXTRAS := dev,gguf,mpi
+test-cluster: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/cluster tests/slurm
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

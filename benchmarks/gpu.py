@@ -29,7 +29,7 @@ from benchmarks.gpu_parts import Asked, Record, backends, device, dtype, run
 from benchmarks.gpu_world import FULL, SHORT, known_models, make_model, make_rows
 from benchmarks.train.measure import versions
 from cprec.attention import select
-from cprec.dist import free_port
+from cprec.launcher import free_port
 
 REPO = Path(__file__).parents[1]
 SPOKEN = ("ceiling", "parity", "bare", "ours", "trainer", "memory")

@@ -1,6 +1,6 @@
 """Who this process is among the ranks of a run, and the few collectives we use ourselves. torch.distributed only.
 
-reads: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as `deepspeed` and `torchrun` set them; without them,
+reads: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, as cprec.launcher leaves them under every launcher; without them,
 one process is a world of one. Under pure data parallelism (ZeRO) the data-parallel rank is the rank.
 """
 
@@ -12,6 +12,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as torch_dist
+
+from cprec import launcher
+from cprec.errors import ConfigError
+from cprec.launcher import free_port as free_port
+from cprec.log import get_logger
+
+log = get_logger(__name__)
 
 
 def rank() -> int:
@@ -40,17 +47,27 @@ def device() -> torch.device:
 
 
 def init() -> None:
-    """Join the run's process group (NCCL on GPUs, gloo on CPUs) and take this rank's share of the machine's cores."""
+    """Join the run's process group (NCCL on GPUs, gloo on CPUs) and take this rank's share of the machine's cores.
+
+    Raises ConfigError where ranks do not see a GPU each, or do not know where to meet.
+    """
     if torch_dist.is_initialized():
         return
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    if device().type == "cuda":
+    place = launcher.adopt()
+    where = launcher.agree_on_address(place)
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank))
+    log.info("started by %s: rank %d of %d, %d on %s; they meet at %s", place.launcher, place.rank, place.world_size,
+             place.local_world_size, socket.gethostname(), where)
+    if torch.cuda.is_available():
+        if place.local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"rank {place.rank} is number {place.local_rank} on {socket.gethostname()} and sees "
+                              f"{torch.cuda.device_count()} GPU; start one rank per GPU, and let each see all of its "
+                              f"node's GPUs (srun: --gpus-per-node, not --gpus-per-task)")
         torch.cuda.set_device(device())
         torch_dist.init_process_group("nccl", device_id=device())
     else:
-        _take_cores(local_world_size())
         torch_dist.init_process_group("gloo")
+        _take_cores()
 
 
 def shutdown() -> None:
@@ -87,18 +104,16 @@ def gather_texts(texts: Sequence[str]) -> list[str]:
     return [text for of_rank in gathered for text in of_rank]
 
 
-def _take_cores(ranks_here: int) -> None:
-    """Give every rank of a CPU machine an equal slice of its cores: ranks that share cores slow each other down."""
+def _take_cores() -> None:
+    """Give each rank of a CPU machine its slice of the cores that it shares: ranks on one core slow each other down.
+
+    Ranks that their launcher has bound to cores of their own keep them. Collective.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // max(ranks_here, 1))
+    places = gather_texts([f"{socket.gethostname()} {cores}"])
+    sharing = [r for r, theirs in enumerate(places) if theirs == places[rank()]]
+    share = max(1, len(cores) // len(sharing))
     torch.set_num_threads(share)
-    first = local_rank() * share
-    if ranks_here > 1 and first + share <= len(cores):
+    first = sharing.index(rank()) * share
+    if len(sharing) > 1 and first + share <= len(cores):
         os.sched_setaffinity(0, cores[first:first + share])
-
-
-def free_port() -> str:
-    """A port of this machine that nobody listens on, for ranks to meet at."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])

@@ -48,9 +48,11 @@ class ClusterError(CPRecError):
 
 
 EXIT_REQUEUE = 75
-"""Exit code (EX_TEMPFAIL) of a run that was asked to stop, saved, and wants to be started again."""
+"""Exit code (EX_TEMPFAIL) of a run that was asked to stop by a signal, saved, and wants to be started again."""
 EXIT_HANG = 76
 """Exit code of a rank that its watchdog ended; the run goes on from its newest checkpoint when it is started again."""
+EXIT_STOPPED = 77
+"""Exit code of a run that launch/stop.py asked to stop: it has saved, and nothing is to start it again by itself."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

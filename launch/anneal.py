@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cprec import cli
-from cprec.errors import EXIT_REQUEUE, ConfigError
+from cprec.errors import ConfigError
 from cprec.schedule import SHAPES
 
 if TYPE_CHECKING:
@@ -30,16 +30,19 @@ def main() -> int:
     from cprec import dist
     from cprec.train.loop import run, train
     from cprec.train.profile import parse_steps
+    from cprec.train.stop import signals_collected
 
     configs, traced = _configs(args), parse_steps(args.profile)
     if args.dry_run:
         for config in configs:
             run(config, dry_run=True, planned_world_size=args.world_size)
         return 0
-    try:  # a control after its branch, in one process group: DeepSpeed keeps what it made of the first
-        return 0 if all(train(config, traced=traced) for config in configs) else EXIT_REQUEUE
-    finally:
-        dist.shutdown()
+    with signals_collected() as asked:
+        try:  # a control after its branch, in one process group: DeepSpeed keeps what it made of the first
+            codes = (train(config, traced=traced, asked=asked) for config in configs)
+            return next((code for code in codes if code), 0)
+        finally:
+            dist.shutdown()
 
 
 def _configs(args: argparse.Namespace) -> list[RunConfig]:

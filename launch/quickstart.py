@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cprec import cli
 from cprec.errors import CPRecError
+from cprec.launcher import free_port
 from cprec.log import get_logger
 from cprec.process import die_with_parent, only_writer
 
@@ -69,8 +70,6 @@ def main() -> None:
 
 def run_line(work: Path, model: str, recipe: Recipe) -> None:
     """Stages 1 to 12, each by its own script."""
-    from cprec.dist import free_port  # brings torch in, which --help can do without
-
     base, prepared, trunk, queries = work / "base", work / "prepared", work / "trunk", work / "prepared/queries"
     prepare = ["python", "launch/prepare.py", "--config", "data_prep/configs/complete_journey.yaml", f"out={prepared}",
                *recipe.prepare]

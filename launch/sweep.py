@@ -2,7 +2,7 @@
 
     python launch/sweep.py --from runs/base@20000 --steps 500,1000 --shape sqrt,linear --mix trunk --mix 'mixed=1' \\
         --launcher 'deepspeed --num_gpus 8'
-    python launch/sweep.py --from runs/base@20000 --steps 1000 --seed 0,1,2 --slurm submit --sbatch='--partition=gpu'
+    python launch/sweep.py --from runs/base@20000 --steps 1000 --seed 0,1,2 --launcher ranks --slurm submit
 
 Runs the annealings one after the other (`--dry-run`: prints their commands), or hands them to SLURM as one array job.
 What is finished is not run again; a failed one is named and the others go on; the same command again does what is left.
@@ -39,7 +39,7 @@ def main() -> int:
     if args.slurm:
         arguments = sweep.write_commands(jobs, args.launcher, SCRIPT, out)
         options = shlex.split(args.sbatch)
-        print(shlex.join(["sbatch", *options, *arguments]) if arguments else "all annealings are finished")
+        print(shlex.join(sweep.submission(arguments, options)) if arguments else "all annealings are finished")
         if args.slurm == "submit" and arguments:
             print(sweep.submit(arguments, options))
         return 0
@@ -89,7 +89,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", help="folder of the branches; default: the trunk's with -sweep")
     parser.add_argument("--launcher", default="deepspeed", help="what starts launch/anneal.py; default: deepspeed")
     parser.add_argument("--slurm", choices=["write", "submit"],
-                        help="write OUT/commands.txt for an array job (launch/slurm/sweep.sbatch); and submit it")
+                        help="write OUT/commands.txt for an array job (launch/slurm/sweep.sbatch), with --launcher "
+                             "ranks for a rank per task; and submit it, from the repository")
     parser.add_argument("--sbatch", default="", metavar="OPTIONS", help="further options of sbatch")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of launch/anneal.py, for all of them")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.train.job import Answer, Job
-from cprec.dist import free_port
+from cprec.launcher import free_port
 
 REPO = Path(__file__).parents[2]
 LIMIT_S = 600

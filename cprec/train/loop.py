@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from cprec.config import RunConfig
 from cprec.data.corpora import shown
 from cprec.data.dataset import PackedDataset, Step, open_corpora
 from cprec.data.remote import small_cache_warning, verify_file
-from cprec.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DataError, DivergedError, n_of, raise_all
+from cprec.errors import CheckpointError, ConfigError, DataError, DivergedError, n_of, raise_all
 from cprec.log import get_logger
 from cprec.log import progress as with_bar
 from cprec.process import only_writer
@@ -50,6 +49,7 @@ from cprec.train.profile import Trace, parse_steps
 from cprec.train.retention import lease
 from cprec.train.run_folder import check_run_folder, claim_run_folder
 from cprec.train.saving import Saver
+from cprec.train.stop import exit_code_of, look_for_stop_file, remove_stop_file, signals_collected
 from cprec.train.validate import validate
 from cprec.train.watch import Watch
 
@@ -79,16 +79,18 @@ def run(config: RunConfig, *, dry_run: bool = False, planned_world_size: int | N
             print(dump_settings(plan.config))
             print(plan.text())
         return 0
-    try:
-        return 0 if train(config, traced=parse_steps(profile)) else EXIT_REQUEUE
-    finally:
-        dist.shutdown()
+    with signals_collected() as asked:  # from the first to the last: a job may be told to end while it loads or leaves
+        try:
+            return train(config, traced=parse_steps(profile), asked=asked)
+        finally:
+            dist.shutdown()
 
 
-def train(config: RunConfig, *, traced: range = range(0)) -> bool:
-    """Train to the end of the schedule, from wherever the run folder stands; False when asked to stop before it.
+def train(config: RunConfig, *, traced: range = range(0), asked: list[int] | None = None) -> int:
+    """Train to the end of the schedule, from wherever the run folder stands; the exit code, not 0 if stopped before.
 
-    `traced`: steps, counted from 1, that the profiler watches.
+    `traced`: steps, counted from 1, that the profiler watches. `asked`: not empty, on any rank, once the run is to
+    stop, see `cprec.train.stop`.
 
     Collective: every rank calls it. Raises ConfigError, DataError, CheckpointError or DivergedError.
     """
@@ -103,7 +105,7 @@ def train(config: RunConfig, *, traced: range = range(0)) -> bool:
         claim_run_folder(run_dir, plan)
         if plan.config.parent and dist.rank() == 0:
             lease(plan.config.parent, run_dir)
-        return _train(plan, run_dir, traced)
+        return _train(plan, run_dir, traced, [] if asked is None else asked)
 
 
 def _check_one_view(plan: Plan) -> None:
@@ -129,11 +131,11 @@ def _hold(run_dir: Path, held: ExitStack) -> None:
     raise_all(dist.gather_texts(problems), of="run_dir")
 
 
-def _train(plan: Plan, run_dir: Path, traced: range) -> bool:
+def _train(plan: Plan, run_dir: Path, traced: range, asked: list[int]) -> int:
     start = _starting_point(plan, run_dir)
     if start and start.run_dir == run_dir and start.state.step >= plan.schedule.total_steps:
         log.info("%s is complete: %d of %d steps", run_dir, start.state.step, plan.schedule.total_steps)
-        return True
+        return 0
     trace = Trace(run_dir, traced, next_step=(start.state.step if start else plan.first_step) + 1,
                   last_step=plan.schedule.total_steps)
     dataset = _open_data(plan)
@@ -144,8 +146,10 @@ def _train(plan: Plan, run_dir: Path, traced: range) -> bool:
     saver = Saver(engine, run_dir, plan.config.checkpoint)
     metrics = MetricsLog(run_dir, plan.config, resume_step=progress.step if start else -1, active=dist.rank() == 0)
     try:
-        with _asked_to_stop() as asked, Watchdog(run_dir, timeout_s=plan.config.watchdog.timeout_s) as watchdog:
-            return _run(plan, engine, saver, dataset, metrics, progress, trace, asked, watchdog)
+        with Watchdog(run_dir, timeout_s=plan.config.watchdog.timeout_s) as watchdog:
+            is_complete = _run(plan, engine, saver, dataset, metrics, progress, trace, asked, watchdog)
+        remove_stop_file(run_dir)
+        return 0 if is_complete else exit_code_of(asked)
     except DataError as e:
         e.on_one_rank = True  # a rank reads rows that no other one reads
         raise
@@ -158,8 +162,8 @@ def _train(plan: Plan, run_dir: Path, traced: range) -> bool:
 
 def _run(plan: Plan, engine: Engine, saver: Saver, dataset: PackedDataset, metrics: MetricsLog, progress: Progress,
          trace: Trace, asked: list[int], watchdog: Watchdog) -> bool:
-    """Steps from `progress.step` to the last one, or to the next step's border after a signal."""
-    total, log_every = plan.schedule.total_steps, plan.config.log_every
+    """Steps from `progress.step` to the last one, or to the next step's border when asked to stop: then False."""
+    run_dir, total, log_every = Path(plan.config.run_dir), plan.schedule.total_steps, plan.config.log_every
     checkpoint_steps, validation_steps = set(plan.checkpoint_steps()), set(plan.validation_steps())
     watch, stragglers = Watch(plan, engine, alive=watchdog.beat), Stragglers(engine.device)
     clock = watch.clock
@@ -168,6 +172,7 @@ def _run(plan: Plan, engine: Engine, saver: Saver, dataset: PackedDataset, metri
             metrics.write(validate(plan, engine, 0, alive=watchdog.beat))
     for step in clock.each("data", _with_bar(dataset.steps(progress.step, total), total - progress.step)):
         trace.before(progress.step + 1)
+        look_for_stop_file(run_dir, asked)
         result = None
         if not step.n_valid:
             log.info("step %d is passed over: all of its rows are in quarantine", progress.step + 1)
@@ -351,15 +356,3 @@ def _announce(plan: Plan, engine: Engine) -> None:
     doubtful = plan.warnings() if dist.rank() == 0 else []  # one rank says it
     for line in plan.text().splitlines():
         log.log(logging.WARNING if line.strip() in doubtful else logging.INFO, "%s", line)
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """While inside, SIGTERM and SIGUSR1 are collected in the yielded list instead of ending the process."""
-    received: list[int] = []
-    old = {s: signal.signal(s, lambda number, frame: received.append(number)) for s in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -172,7 +172,7 @@ def log_of(job: Job) -> Path:
 
 
 def write_commands(jobs: Sequence[Job], launcher: str, script: Path, out: Path) -> list[str]:
-    """Write every job's command as a line of `out/commands.txt`; the `sbatch` arguments for those to be run still."""
+    """Write every job's command as a line of `out/commands.txt`; what to submit for those to be run still."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / COMMANDS
     path.write_text("".join(command_of(job, launcher, script) + "\n" for job in jobs), encoding="utf-8")
@@ -180,11 +180,16 @@ def write_commands(jobs: Sequence[Job], launcher: str, script: Path, out: Path) 
     return [f"--array={left}", str(script.parent / "slurm/sweep.sbatch"), str(path)] if left else []
 
 
+def submission(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The command that hands an array job to SLURM as the site asks for it, with further `options` of sbatch."""
+    return [str(Path(arguments[1]).with_name("submit.sh")), *options, *arguments]
+
+
 def submit(arguments: Sequence[str], options: Sequence[str]) -> str:
     """Hand an array job to SLURM, with further `options` of sbatch; what sbatch answers. Raises ConfigError."""
     if shutil.which("sbatch") is None:
         raise ConfigError("--slurm submit: there is no sbatch here; use --slurm write, and submit where there is one")
-    done = subprocess.run(["sbatch", *options, *arguments], capture_output=True, text=True)
+    done = subprocess.run(submission(arguments, options), capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"sbatch refused the job: {done.stderr.strip()}")
     return done.stdout.strip()

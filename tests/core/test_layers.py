@@ -10,7 +10,7 @@ import pytest
 REPO = Path(__file__).parents[2]
 FLOORS = [
     "cprec.errors cprec.log",
-    "cprec.template",
+    "cprec.template cprec.launcher",
     "cprec.format cprec.schedule cprec.dist cprec.attention cprec.loss cprec.settings cprec.tokenizer cprec.process "
     "cprec.storage",
     "cprec.data.remote cprec.cluster.probe cprec.cluster.watchdog "
@@ -33,7 +33,7 @@ FLOORS = [
     "cprec.eval.sequential cprec.eval.answers cprec.eval.rank cprec.eval.beam cprec.eval.choice "
     "data_prep.parsers.registry data_prep.staging data_prep.proof",
     "cprec.train.run_folder cprec.train.retention cprec.train.model_card cprec.train.validate cprec.train.watch "
-    "cprec.cluster.facts cprec.cluster.cost cprec.eval.baselines cprec.eval.comparison",
+    "cprec.train.stop cprec.cluster.facts cprec.cluster.cost cprec.eval.baselines cprec.eval.comparison",
     "cprec.cluster.preflight cprec.train.saving cprec.train.inventory cprec.eval.rankers cprec.eval.report",
     "cprec.train.loop cprec.train.steps cprec.train.branch cprec.train.family "
     "cprec.train.export cprec.train.average data_prep.ingest data_prep.audit",

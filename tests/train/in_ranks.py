@@ -16,7 +16,7 @@ from typing import Any
 
 import tiny
 
-from cprec import dist
+from cprec import dist, launcher
 from cprec.train.loop import train
 
 
@@ -28,7 +28,7 @@ def train_all(configs: dict[str, dict[str, Any]], folder: Path, *, ranks: int = 
     """
     (folder / "configs.json").write_text(json.dumps({"configs": configs, "again_from": again_from}))
     env = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": dist.free_port(), "OMP_NUM_THREADS": "1",
+           "MASTER_PORT": launcher.free_port(), "OMP_NUM_THREADS": "1",
            "PYTHONPATH": os.pathsep.join([str(tiny.REPO), str(tiny.REPO / "tests/train")])}
     started = [subprocess.Popen([sys.executable, __file__, str(folder)], stdout=subprocess.PIPE, text=True,
                                 stderr=subprocess.STDOUT, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)})
