@@ -19,8 +19,9 @@ from cprec.cluster.memory import Activations, Model, ModelSizes, Sharding, memor
 from cprec.config import ModelConfig
 from cprec.model import ModelShape
 
-SIZES = ModelSizes(ModelShape(n_params=1000, n_embedding_params=0, n_layers=2, hidden_size=10), n_params=1000,
-                   n_trained=1000, n_block=300, n_outer=400, vocab_size=40, bytes_each=2)
+SHAPE = ModelShape(n_params=1000, n_embedding_params=0, n_frozen_params=0, n_layers=2, hidden_size=10,
+                   attention_size=10)
+SIZES = ModelSizes(SHAPE, n_params=1000, n_trained=1000, n_block=300, n_outer=400, vocab_size=40, bytes_each=2)
 NOTHING = Activations(blocks=0, recomputed=0, elsewhere=0, gradients=0)
 
 

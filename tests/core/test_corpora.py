@@ -53,8 +53,8 @@ def save(run_dir: Path, plan: Plan, step: int, *, world_size: int = 2) -> Checkp
     claim_run_folder(run_dir, plan)
     batch = plan.config.batch.global_batch_size
     state = State(step=step, tokens_seen=step * plan.tokens_per_step, rows_seen=step * batch, lr=1e-2, phase="stable",
-                  bad_steps=0, config_hash="", tokenizer_fingerprint="", world_size=world_size, zero_stage=3,
-                  parent=None, files={})
+                  bad_steps=0, valid_loss=None, config_hash="", data_hashes={}, tokenizer_fingerprint="",
+                  world_size=world_size, zero_stage=3, parent=None, files={}).sealed()
     folder = run_dir / "checkpoints" / checkpoint_name(step)
     folder.mkdir(parents=True)
     write_atomically(folder / "state.json", state.model_dump_json())
