@@ -75,8 +75,14 @@ def shard_files(cache: ShardCache) -> list[str]:
 
 
 def on_disk(root: Path) -> int:
-    """Bytes of the files below `root`, which others may be removing, or giving another name: each counts once."""
-    return sum({at.st_ino: at.st_size for p in root.rglob("*") if (at := remote._stat(p))}.values())
+    """Bytes of the files below `root` at one moment: others may be adding, removing or renaming some while it looks, so
+    it looks until it has seen the same twice."""
+    before = None
+    while True:
+        now = {at.st_ino: at.st_size for p in root.rglob("*") if (at := remote._stat(p))}
+        if now == before:
+            return sum(now.values())
+        before = now
 
 
 def child(script: str, *args: object) -> subprocess.Popen[str]:
