@@ -52,9 +52,9 @@ def save(plan: Plan, step: int) -> Checkpoint:
     claim_run_folder(run_dir, plan)
     state = State(
         step=step, tokens_seen=step * plan.tokens_per_step, rows_seen=step * 8, lr=plan.schedule.lr(step),
-        phase=plan.schedule.phase(step), bad_steps=0, config_hash="",
+        phase=plan.schedule.phase(step), bad_steps=0, valid_loss=None, data_hashes={}, config_hash="",
         tokenizer_fingerprint=load_tokenizer(plan.config.model.path).fingerprint, world_size=1, zero_stage=3,
-        parent=plan.config.parent, files={})
+        parent=plan.config.parent, files={}).sealed()
     folder = run_dir / "checkpoints" / checkpoint_name(step)
     folder.mkdir(parents=True)
     write_atomically(folder / "state.json", state.model_dump_json())
