@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,6 @@ from cprec.data.corpora import read_data_record
 from cprec.train import export as exporting
 from cprec.train.checkpoint import Checkpoint, list_checkpoints, read_run_config
 from cprec.train.export import export
-from cprec.train.loop import train
 from cprec.train.model_card import model_card
 from cprec.train.partitions import SavedWeights
 
@@ -31,7 +33,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     (root / "model/README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en]\n---\n# a base\n")
     GenerationConfig(max_new_tokens=7, eos_token_id=1).save_pretrained(root / "model")
     schedule = {"total": {"steps": 2}, "warmup": {"steps": 1}}
-    train(tiny.run_config({**world, "schedule": schedule, "validation": {"every": 2, "rows_per_corpus": 4}}))
+    config = root / "run.yaml"
+    config.write_text(yaml.safe_dump({**world, "schedule": schedule, "validation": {"every": 2, "rows_per_corpus": 4}}))
+    subprocess.run([sys.executable, str(tiny.REPO / "launch/pretrain.py"), "--config", str(config)], check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
     return list_checkpoints(root / "run")[-1]
 
 

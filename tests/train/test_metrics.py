@@ -143,7 +143,8 @@ def a_record(**changes: Any) -> TrainRecord:
         "step": 7, "n_steps": 1, "phase": "stable", "lr": 1e-3, "loss": 2.5, "loss_by_corpus": {"a": 2.5},
         "grad_norm": 1.25, "grad_norm_max": 1.25, "param_norm": 10.0, "tokens_seen": 700, "tokens_per_s": 12345.6,
         "tokens_per_s_per_device": 12345.6, "mfu": 0.425, "pad_share": 0.005, "step_s": 0.1,
-        "time_s": PartTimes(data=0.001), "memory": Memory(12.5, 20.0, 3.0), "eta_s": 3723.0, "bad_steps": 0}
+        "time_s": PartTimes(data=0.001), "save_stall_s": None, "memory": Memory(12.5, 20.0, 3.0),
+        "eta_s": 3723.0, "bad_steps": 0}
     return TrainRecord(**{**values, **changes})
 
 
