@@ -20,17 +20,12 @@ from cprec import dist, launcher
 from cprec.train.loop import train
 
 
-def train_all(configs: dict[str, dict[str, Any]], folder: Path, *, ranks: int = 2,
-              again_from: int | None = None) -> dict[str, str]:
-    """Train each of `configs` (by name) on the same `ranks` ranks; the error of each, empty where it went well.
-
-    `again_from`: then copy each run's folder to `RUN_DIR again`, without its checkpoints after that step, and go on.
-    """
-    (folder / "configs.json").write_text(json.dumps({"configs": configs, "again_from": again_from}))
+def run_ranks(script: str, folder: Path, ranks: int) -> None:
+    """Run `script FOLDER` as so many ranks on this machine, and wait until all have ended well."""
     env = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
            "MASTER_PORT": launcher.free_port(), "OMP_NUM_THREADS": "1",
            "PYTHONPATH": os.pathsep.join([str(tiny.REPO), str(tiny.REPO / "tests/train")])}
-    started = [subprocess.Popen([sys.executable, __file__, str(folder)], stdout=subprocess.PIPE, text=True,
+    started = [subprocess.Popen([sys.executable, script, str(folder)], stdout=subprocess.PIPE, text=True,
                                 stderr=subprocess.STDOUT, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)})
                for r in range(ranks)]
     try:
@@ -39,6 +34,16 @@ def train_all(configs: dict[str, dict[str, Any]], folder: Path, *, ranks: int = 
         for p in started:
             p.kill()  # no rank outlives a test that gave up waiting
     assert [p.returncode for p in started] == [0] * ranks, "\n".join(said)
+
+
+def train_all(configs: dict[str, dict[str, Any]], folder: Path, *, ranks: int = 2,
+              again_from: int | None = None) -> dict[str, str]:
+    """Train each of `configs` (by name) on the same `ranks` ranks; the error of each, empty where it went well.
+
+    `again_from`: then copy each run's folder to `RUN_DIR again`, without its checkpoints after that step, and go on.
+    """
+    (folder / "configs.json").write_text(json.dumps({"configs": configs, "again_from": again_from}))
+    run_ranks(__file__, folder, ranks)
     return dict(json.loads((folder / "errors.json").read_text()))
 
 

@@ -6,14 +6,13 @@ What it writes comes from DeepSpeed's public calls for debugging, which know not
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
+from in_ranks import run_ranks
 
 from cprec import dist
 from cprec.train.checkpoint import newest_sound
@@ -27,18 +26,7 @@ def load_on(ranks: int, configs: dict[str, dict[str, Any]], folder: Path) -> dic
     and, of every rank and parameter group, the count of updates and the hyperparameters."""
     folder.mkdir()
     (folder / "configs.json").write_text(json.dumps(configs))
-    env = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": dist.free_port(), "OMP_NUM_THREADS": "1",
-           "PYTHONPATH": os.pathsep.join([str(tiny.REPO), str(tiny.REPO / "tests/train")])}
-    started = [subprocess.Popen([sys.executable, __file__, str(folder)], stdout=subprocess.PIPE, text=True,
-                                stderr=subprocess.STDOUT, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)})
-               for r in range(ranks)]
-    try:
-        said = [p.communicate(timeout=500)[0] for p in started]
-    finally:
-        for p in started:
-            p.kill()  # no rank outlives a test that gave up waiting
-    assert [p.returncode for p in started] == [0] * ranks, "\n".join(said)
+    run_ranks(__file__, folder, ranks)
     loaded = [torch.load(folder / f"{r}.pt") for r in range(ranks)]
     return {name: {"tensors": loaded[0][name]["tensors"], "groups": [of[name]["groups"] for of in loaded]}
             for name in configs}
