@@ -17,7 +17,7 @@ from cprec.eval.queries import Catalogue, DomainQueries, load_queries
 from cprec.eval.run import EvalOptions, evaluate
 from cprec.format import read_queries_manifest
 from tests.eval.folders import Query, Shop, write_queries
-from tests.eval.shops import write_chain, write_events
+from tests.eval.prepared_shop import write_chain, write_events
 
 TRAINED = ("sasrec", "bert4rec")
 

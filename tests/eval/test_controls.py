@@ -18,7 +18,7 @@ from cprec.eval.queries import DomainQueries, load_queries
 from cprec.eval.report import to_markdown
 from cprec.eval.run import EvalOptions, evaluate
 from tests.eval.folders import Query, Shop, write_queries
-from tests.eval.shops import write_chain
+from tests.eval.prepared_shop import write_chain
 
 
 @pytest.fixture()
