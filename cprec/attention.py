@@ -24,7 +24,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -82,7 +82,7 @@ class Scores:
     scale: float | None
     """Factor of the products of queries and keys; None: head_dim ** -0.5."""
     window: int | None
-    """Positions that a token sees, itself included; None where that is more than any document has."""
+    """Positions that a token sees, itself included; None: all before it."""
     softcap: float | None
 
 
@@ -151,22 +151,32 @@ def _forward(kernel: Kernel) -> Forward:
     """The transformers attention implementation that computes by `kernel`, and refuses what kernels do not know."""
 
     def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-                documents: Documents | None = None, scaling: float | None = None, sliding_window: int | None = None,
-                softcap: float | None = None, **others: Any) -> tuple[Tensor, None]:
-        unknown = sorted(k for k, v in others.items() if v is not None and k not in HARMLESS)
-        if unknown:
-            raise _unsupported(module, f"uses {unknown}, which no backend computes")
+                documents: Documents | None = None, **options: Any) -> tuple[Tensor, None]:
+        scores = scores_of(module, **options)
         if documents is None:
             raise _unsupported(module, "is not told the documents' borders")
-        if others.get("is_causal") is False or not getattr(module, "is_causal", True):
-            raise _unsupported(module, "is not causal")
-        kinds = getattr(module.config, "layer_types", None)
-        if sliding_window is None and kinds and kinds[module.layer_idx] == "sliding_attention":
-            raise _unsupported(module, "slides, but does not tell its window")
-        window = sliding_window if sliding_window and sliding_window < documents.max_seqlen else None
-        return kernel(query, key, value, documents, Scores(scaling, window, softcap)), None
+        if scores.window is not None and scores.window >= documents.max_seqlen:
+            scores = replace(scores, window=None)
+        return kernel(query, key, value, documents, scores), None
 
     return forward
+
+
+def scores_of(module: nn.Module, *, scaling: float | None = None, sliding_window: int | None = None,
+              softcap: float | None = None, **others: Any) -> Scores:
+    """What the keywords that transformers gives to a layer's attention say of its scores.
+
+    Raises ConfigError for what would change the result and is not known here.
+    """
+    unknown = sorted(k for k, v in others.items() if v is not None and k not in HARMLESS)
+    if unknown:
+        raise _unsupported(module, f"uses {unknown}, which no backend computes")
+    if others.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise _unsupported(module, "is not causal")
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    if sliding_window is None and kinds and kinds[module.layer_idx] == "sliding_attention":
+        raise _unsupported(module, "slides, but does not tell its window")
+    return Scores(scaling, sliding_window or None, softcap)
 
 
 def _unsupported(module: nn.Module, why: str) -> ConfigError:
@@ -175,10 +185,11 @@ def _unsupported(module: nn.Module, why: str) -> ConfigError:
 
 def _doc_sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scores: Scores) -> Tensor:
     docs = zip(*(torch.split(x, documents.lens, dim=2) for x in (query, key, value)), strict=True)
-    return torch.cat([_causal_document(q, k, v, scores) for q, k, v in docs], dim=2).transpose(1, 2)
+    return torch.cat([causal_document(q, k, v, scores) for q, k, v in docs], dim=2).transpose(1, 2)
 
 
-def _causal_document(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+def causal_document(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """Attention of one document: query (1, n_heads, n, head_dim), key and value (1, n_kv_heads, n, head_dim)."""
     n = query.shape[2]
     if scores.softcap is not None or (scores.window is not None and scores.window < n):
         return _masked(query, key, value, _causal(n, scores.window, query.device), scores)

@@ -29,7 +29,7 @@ from cprec.eval.tree_attention import TREE_ATTENTION
 from cprec.eval.trie import Bools, Trie, build_trie
 from cprec.eval.walk import TrieTensors
 from cprec.log import get_logger
-from cprec.model import UNSUPPORTED, load_for_inference
+from cprec.model import UNSUPPORTED, load_config, load_for_inference
 from cprec.template import Template
 from cprec.tokenizer import Tokenizer, load_tokenizer
 
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 USERS_ON_CPU, USERS_ON_GPU = 8, 32
-NOT_RANKED = (*UNSUPPORTED, "final_logit_softcapping", "attn_logit_softcapping")
-"""Config fields of models whose mathematics the search would silently change; the trainer knows the last two."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,14 @@ class LoadedModel:
 
 def load_model(folder: Path, protocol: str, dtype: str) -> LoadedModel:
     """The model of a folder on this process's device. Raises ConfigError for one that cannot be ranked exactly."""
-    attention = "sdpa" if parse_protocol(protocol).kind == "open" else TREE_ATTENTION
+    attention = TREE_ATTENTION
+    if parse_protocol(protocol).kind == "open":  # transformers' sdpa silently leaves capped scores uncapped
+        caps = getattr(load_config(str(folder), trust_remote_code=False), "attn_logit_softcapping", None)
+        attention = "eager" if caps else "sdpa"
     lm = load_for_inference(str(folder), attention=attention, dtype=DTYPES[dtype], device=dist.device())
-    odd = [f"{field}={value}" for field in NOT_RANKED if (value := getattr(lm.config, field, None)) not in (None, 1)]
+    odd = [f"{field}={value}" for field in UNSUPPORTED if (value := getattr(lm.config, field, None)) not in (None, 1)]
     if odd:
-        raise ConfigError(f"the model in {folder} changes its logits or attention scores ({', '.join(odd)}), which "
-                          f"ranking does not do")
+        raise ConfigError(f"the model in {folder} scales its logits ({', '.join(odd)}), which ranking does not do")
     tokenizer = load_tokenizer(str(folder))
     if tokenizer.vocab_size > lm.config.vocab_size:
         raise ConfigError(f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1}, the model knows "

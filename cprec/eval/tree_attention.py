@@ -11,7 +11,8 @@ keyword `tree_state`, whose `call` says what the tokens of the call are:
 
 A prefix and its ancestors may be in one call, since all slots are written before any is read. No prompt is copied per
 prefix: prefixes of one user are put together in blocks, and a block meets its prompt in one matrix product. The two
-parts, prompt and path, are joined by their log-sum-exp, as in cascade attention.
+parts, prompt and path, are joined by their log-sum-exp, as in cascade attention. Sliding windows and capped scores are
+honoured, as in `cprec.attention`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from cprec.attention import register
+from cprec.attention import Scores, causal_document, register, scores_of
 from cprec.errors import ConfigError
 
 TREE_ATTENTION = "cprec_tree"
@@ -44,20 +44,21 @@ class PromptCall:
 class NodesCall:
     """Where each of n prefixes writes, what it sees, and how prefixes are put together by user.
 
-    `slots` (n,); `paths` (n, depth): slots of itself and its ancestors, -1 where there is none. `rows` (blocks,
-    BLOCK_ROWS): prefixes of one user, padded with any; `block_user` (blocks,); `places` (n,): where a prefix stands in
-    the flattened blocks. `last_position`: the largest position id of the call.
+    `slots` (n,); `paths` (n, depth): slots of itself and its ancestors, -1 where there is none; `positions` (n,) and
+    the largest of them. `rows` (blocks, BLOCK_ROWS): prefixes of one user, padded with any; `block_user` (blocks,);
+    `places` (n,): where a prefix stands in the flattened blocks.
     """
 
     slots: Tensor
     paths: Tensor
+    positions: Tensor
+    last_position: int
     rows: Tensor
     block_user: Tensor
     places: Tensor
-    last_position: int
 
     @staticmethod
-    def of(users: Tensor, slots: Tensor, paths: Tensor, *, n_users: int, last_position: int) -> NodesCall:
+    def of(users: Tensor, slots: Tensor, paths: Tensor, positions: Tensor, *, n_users: int) -> NodesCall:
         """The call of prefixes that are sorted by user."""
         counts = torch.bincount(users, minlength=n_users)
         n_blocks = (counts + BLOCK_ROWS - 1) // BLOCK_ROWS
@@ -67,7 +68,7 @@ class NodesCall:
         places = first_block[users] * BLOCK_ROWS + torch.arange(n, device=device) - first_row[users]
         rows = torch.zeros(len(block_user) * BLOCK_ROWS, dtype=torch.int64, device=device)
         rows[places] = torch.arange(n, device=device)
-        return NodesCall(slots, paths, rows.view(-1, BLOCK_ROWS), block_user, places, last_position)
+        return NodesCall(slots, paths, positions, int(positions.max()), rows.view(-1, BLOCK_ROWS), block_user, places)
 
 
 @dataclass
@@ -100,7 +101,7 @@ class TreeState:
 
 
 def tree_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                   *, scaling: float, tree_state: TreeState | None = None, **options: Any) -> tuple[Tensor, None]:
+                   *, tree_state: TreeState | None = None, **options: Any) -> tuple[Tensor, None]:
     """Attention of one call: query (1, n_heads, n, head_dim), key and value (1, n_kv_heads, n, head_dim).
 
     Returns (1, n, n_heads, head_dim). Raises ConfigError for a model whose attention has more to it than that.
@@ -108,26 +109,23 @@ def tree_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: T
     if tree_state is None:
         raise ConfigError(f"attention {TREE_ATTENTION!r} only serves ranking; load the model with another attention")
     assert attention_mask is None and query.shape[0] == 1, "no batch, and no mask but the tree's own"
-    layer, call = int(module.layer_idx), tree_state.call  # type: ignore[arg-type]
+    layer, call, scores = int(module.layer_idx), tree_state.call, scores_of(module, **options)  # type: ignore[arg-type]
     if isinstance(call, PromptCall):
-        _refuse_other_attention(options, max(call.lens))
-        out = _prompts(tree_state, layer, call.lens, query, key, value, scaling)
+        out = _prompts(tree_state, layer, call.lens, query, key, value, scores)
     else:
-        _refuse_other_attention(options, call.last_position + 1)
-        out = _nodes(tree_state, layer, call, query[0], key[0], value[0], scaling)
+        out = _nodes(tree_state, layer, call, query[0], key[0], value[0], scores)
     return out.unsqueeze(0), None
 
 
 def _prompts(state: TreeState, layer: int, lens: Sequence[int], query: Tensor, key: Tensor, value: Tensor,
-             scaling: float) -> Tensor:
+             scores: Scores) -> Tensor:
     """Each prompt on its own, causal: (n, n_heads, head_dim); keys and values are kept, padded."""
     shape = (len(lens), key.shape[1], max(lens), key.shape[3])
     kept_k, kept_v = key.new_zeros(shape), value.new_zeros(shape)
     outs = []
     for i, (q, k, v) in enumerate(zip(*(torch.split(x, list(lens), dim=2) for x in (query, key, value)), strict=True)):
         kept_k[i, :, :lens[i]], kept_v[i, :, :lens[i]] = k[0], v[0]
-        outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling,
-                                                   enable_gqa=q.shape[1] != k.shape[1]))
+        outs.append(causal_document(q, k, v, scores))
     state.prompts[layer] = (kept_k, kept_v)
     if state.padding is None:
         ends = torch.tensor(list(lens), device=key.device)
@@ -136,27 +134,32 @@ def _prompts(state: TreeState, layer: int, lens: Sequence[int], query: Tensor, k
 
 
 def _nodes(state: TreeState, layer: int, call: NodesCall, query: Tensor, key: Tensor, value: Tensor,
-           scaling: float) -> Tensor:
+           how: Scores) -> Tensor:
     """Prefixes against their prompts and their paths: (n, n_heads, head_dim)."""
     assert state.padding is not None, "prompts come first"
     key, value = key.transpose(0, 1), value.transpose(0, 1)
     keys, values = state.grown(layer, key)
     keys[call.slots], values[call.slots] = key, value
     n, n_kv, head_dim = key.shape
-    q = (query * scaling).transpose(0, 1).reshape(n, n_kv, -1, head_dim)  # (n, n_kv, groups, head_dim)
+    scale = head_dim ** -0.5 if how.scale is None else how.scale
+    q = (query * scale).transpose(0, 1).reshape(n, n_kv, -1, head_dim)  # (n, n_kv, groups, head_dim)
 
-    absent = (call.paths < 0)[:, None, None]  # (n, 1, 1, depth)
-    path = call.paths.clamp(min=0)
-    scores = _at_least_float32(q @ keys[path].permute(0, 2, 3, 1)).masked_fill(absent, -torch.inf)
+    depth = call.paths.shape[1] if how.window is None else min(how.window, call.paths.shape[1])
+    absent = (call.paths[:, :depth] < 0)[:, None, None]  # (n, 1, 1, depth)
+    path = call.paths[:, :depth].clamp(min=0)
+    scores = _capped(q @ keys[path].permute(0, 2, 3, 1), how.softcap).masked_fill(absent, -torch.inf)
     of_path = scores.softmax(-1).to(q.dtype) @ values[path].transpose(1, 2)
     lse_path = scores.logsumexp(-1)
 
     prompt_k, prompt_v = (x[call.block_user] for x in state.prompts[layer])  # (blocks, n_kv, prompt_len, head_dim)
     blocks, rows = call.rows.shape
     q = q[call.rows].transpose(1, 2).reshape(blocks, n_kv, -1, head_dim)  # (blocks, n_kv, rows * groups, head_dim)
-    padding = state.padding[call.block_user][:, None, None]
-    scores = _at_least_float32(q @ prompt_k.transpose(2, 3)).masked_fill_(padding, -torch.inf)
-    of_prompt = scores.softmax(-1).to(q.dtype) @ prompt_v
+    scores = _capped(q @ prompt_k.transpose(2, 3), how.softcap).view(blocks, n_kv, rows, -1, prompt_k.shape[2])
+    scores = scores.masked_fill_(_unseen(state.padding, call, how.window)[:, None, :, None], -torch.inf).flatten(2, 3)
+    of_prompt = scores.softmax(-1).to(q.dtype)
+    if how.window is not None and how.window <= call.last_position:
+        of_prompt = of_prompt.nan_to_num()  # of a prefix that sees nothing of its prompt any more; its share is 0
+    of_prompt = of_prompt @ prompt_v
 
     def by_node(x: Tensor) -> Tensor:  # (blocks, n_kv, rows * groups, ...) -> (n, n_kv, groups, ...)
         split = x.reshape(blocks, n_kv, rows, -1, *x.shape[3:]).transpose(1, 2)
@@ -168,19 +171,19 @@ def _nodes(state: TreeState, layer: int, call: NodesCall, query: Tensor, key: Te
     return joined
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _unseen(padding: Tensor, call: NodesCall, window: int | None) -> Tensor:
+    """Which tokens of its prompt a block's prefix does not see: (blocks, 1 or rows, prompt_len)."""
+    unseen = padding[call.block_user][:, None]
+    if window is None or window > call.last_position:
+        return unseen
+    earliest = call.positions[call.rows][..., None] - window + 1  # (blocks, rows, 1)
+    return unseen | (torch.arange(padding.shape[1], device=padding.device) < earliest)
 
 
-def _refuse_other_attention(options: dict[str, Any], n_seen: int) -> None:
-    """Raise for what would change the result: a window shorter than the text, a soft cap, attention sinks."""
-    window = options.get("sliding_window")
-    problems = [f"{name}={options[name]!r}" for name in ("softcap", "s_aux") if options.get(name) is not None]
-    if window is not None and n_seen > int(window):
-        problems.append(f"sliding_window={window} with a text of {n_seen} tokens")
-    if problems:
-        raise ConfigError(f"exact ranking does not know this model's attention ({', '.join(problems)}); "
-                          f"rank a model with plain causal attention, or with histories inside its window")
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Scores in float32 or wider, capped."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 register(TREE_ATTENTION, tree_attention)

@@ -200,8 +200,7 @@ class Walk:
         for _ in range(int(depth.max()) - 1):
             path.append(torch.where(path[-1] >= 0, self._slot_parent[path[-1]], -1))
         positions = self.lens[users] + depth - 1
-        self._state.call = NodesCall.of(users, slots, torch.stack(path, dim=1), n_users=self.n_users,
-                                        last_position=int(positions.max()))
+        self._state.call = NodesCall.of(users, slots, torch.stack(path, dim=1), positions, n_users=self.n_users)
         self.n_forwarded += torch.bincount(users, minlength=self.n_users)
         return self._hidden(self.trie.token[nodes], positions), slots
 
@@ -213,7 +212,9 @@ class Walk:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _children(self, hidden: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Children of `nodes`, each one's place of its parent among them, and its log-probability there.

@@ -19,7 +19,7 @@ from cprec.eval.scoring import MeanScoring, PmiScoring, Scoring
 from cprec.eval.tree_attention import TreeState
 from cprec.eval.trie import Trie, build_trie
 from cprec.tokenizer import load_tokenizer
-from tests.eval.models import CONFIGS, KINDS, plain_scores, random_model
+from tests.eval.models import CONFIGS, KINDS, PLAIN, plain_scores, random_model
 
 VOCAB = 40
 END = 1
@@ -253,7 +253,7 @@ def test_the_null_scores_are_those_of_plain_forwards() -> None:
 @pytest.mark.parametrize("kind", [k for k in CONFIGS if k not in KINDS])
 def test_other_families_of_models_are_ranked_exactly(kind: str) -> None:
     lines = catalogue()
-    model, plain = (random_model(kind, vocab_size=VOCAB, attention=a) for a in ("cprec_tree", "sdpa"))
+    model, plain = (random_model(kind, vocab_size=VOCAB, attention=a) for a in ("cprec_tree", PLAIN))
     everything = np.ones((2, len(lines)), dtype=bool)
     prompts = [prompt_of(9), prompt_of(4)]
     found = Ranker(model, build_trie(lines)).rank(prompts, [20, 3], everything)
