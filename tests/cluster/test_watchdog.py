@@ -110,12 +110,12 @@ def test_a_rank_that_gets_little_of_its_processor_is_named_as_the_one_that_holds
 
 
 def limit(pid: int, done: threading.Event) -> None:
-    """Let a process run for 4 of every 64 ms, as cpulimit does."""
+    """Let a process run for 1 of every 11 ms, as cpulimit does: shorter than a measured product, so each is stopped."""
     while not done.is_set():
         os.kill(pid, signal.SIGSTOP)
-        done.wait(0.06)
+        done.wait(0.01)
         os.kill(pid, signal.SIGCONT)
-        done.wait(0.004)
+        done.wait(0.001)
 
 
 def test_slow_is_who_exceeds_the_median_rank_in_products_or_in_waiting_for_rows() -> None:
