@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.gpu_parts import Asked, Record, backends, device, dtype, run
 from benchmarks.gpu_world import FULL, SHORT, known_models, make_model, make_rows
-from benchmarks.train.measure import versions
+from benchmarks.train.measure import own_extensions, versions
 from cprec.attention import select
 from cprec.launcher import free_port
 
@@ -82,7 +82,7 @@ def main() -> None:
     begin_s = time.monotonic()
     make_world(o)
     records = []
-    with o.out.open("a", encoding="utf-8") as out:
+    with own_extensions(), o.out.open("a", encoding="utf-8") as out:
         for asked in plan(o):
             for record in measured(asked):
                 records.append(record)

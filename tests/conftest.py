@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,13 @@ from hypothesis import settings
 
 settings.register_profile("cprec", deadline=None, derandomize=True)  # no test depends on time or chance
 settings.load_profile("cprec")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_extensions(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What deepspeed compiles goes to a folder of this session: a process killed while compiling leaves a lock in the
+    common one, at which every later start would wait for ever."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("extensions"))
 
 
 @pytest.fixture(scope="session")

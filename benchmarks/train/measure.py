@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -64,6 +65,15 @@ def ranks_of(job: Job, world_size: int, *, first_core: int = 0) -> list[Job]:
     return [job.model_copy(update={"rank": r, "world_size": world_size, "port": port,
                                    "cores": [own[r]] if len(own) == world_size else []})
             for r in range(world_size)]
+
+
+@contextlib.contextmanager
+def own_extensions() -> Iterator[None]:
+    """A folder of this benchmark's own for what deepspeed compiles at its first start: whoever is killed while it
+    compiles leaves a lock in the common one, and every later start waits there for ever."""
+    with tempfile.TemporaryDirectory(prefix="cprec-extensions-") as folder:
+        os.environ["TORCH_EXTENSIONS_DIR"] = folder
+        yield
 
 
 def run(wanted: list[Job]) -> list[Answer]:

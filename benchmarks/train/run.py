@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.reader.run import machine
 from benchmarks.train import data, evaluate, overhead, rivals
 from benchmarks.train.job import Job
-from benchmarks.train.measure import REPO, Result, ranks_of, rate, run, versions
+from benchmarks.train.measure import REPO, Result, own_extensions, ranks_of, rate, run, versions
 from benchmarks.train.tables import middle, scaled, tables
 from benchmarks.train.worker import CONCAT, OURS, PADDED, SIDES, TRL
 
@@ -80,7 +80,8 @@ def options(argv: list[str] | None = None) -> Options:
 def main() -> None:
     o = options()
     begin_s = time.monotonic()
-    found = measure(o)
+    with own_extensions():
+        found = measure(o)
     found["minutes"] = round((time.monotonic() - begin_s) / 60, 1)
     print("\n" + tables(found), flush=True)
     if o.out is not None:
