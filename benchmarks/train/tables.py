@@ -15,7 +15,7 @@ from benchmarks.reader.tables import head, row
 def tables(found: dict[str, Any]) -> str:
     """The machine, then one section per part that was measured."""
     lines = [*machine(found)]
-    sections = {"race": race, "overhead": overhead, "scaling": scaling, "attention": values, "loss": values}
+    sections = {"race": race, "overhead": overhead, "scaling": scaling, "attention": attention, "loss": loss}
     for name, section in sections.items():
         if name in found:
             lines += [""]
@@ -57,7 +57,8 @@ def overhead(part: dict[str, Any]) -> Iterator[str]:
                f"{part['engine_over_torch_pct']:+.1f} %"])
     yield row(["plain torch: forward, backward, clip, AdamW", f"{1000 * part['torch_s']:,.0f}", ""])
     yield ""
-    yield f"Of the loop's time {part['outside_step_pct']:.2f} % passes outside of the engine's step."
+    yield (f"Medians; the last column is the median of the ratios step by step. Of the loop's time "
+           f"{part['outside_step_pct']:.2f} % passes outside of the engine's step.")
 
 
 def scaling(part: dict[str, Any]) -> Iterator[str]:
@@ -68,10 +69,22 @@ def scaling(part: dict[str, Any]) -> Iterator[str]:
         yield row([label, f"{middle(rates[name]):,.0f}", f"{scaled(rates, name):.2f} x"])
 
 
-def values(part: dict[str, Any]) -> Iterator[str]:
-    """What another module measured, as it names it."""
-    for name, value in part.items():
-        yield f"- {name}: {value}"
+def attention(part: dict[str, Any]) -> Iterator[str]:
+    ways = next(iter(part["milliseconds"].values()))
+    yield from head("Attention of packed documents, forward and backward, one layer: milliseconds",
+                    ["tokens", *ways, "dense mask over one by one"])
+    for tokens, ms in part["milliseconds"].items():
+        yield row([f"{int(tokens):,}", *(f"{value:,.1f}" for value in ms.values()),
+                   f"{part['isolated_attention_vs_dense_mask'][tokens]:.1f} x"])
+
+
+def loss(part: dict[str, Any]) -> Iterator[str]:
+    yield from head(f"Loss and its gradients: {part['tokens']:,} tokens, hidden size {part['hidden']}, vocabulary "
+                    f"{part['vocabulary']:,}", ["way", "peak MB", "seconds"])
+    for way, label in (("full", "full logits"), ("torch_chunked", "torch's linear_cross_entropy"), ("ours", "ours")):
+        yield row([label, f"{part['peak_mb'][way]:,}", f"{part['seconds'][way]:.2f}"])
+    yield ""
+    yield f"{part['of_which_gradients_mb']} MB of each are the gradients."
 
 
 def scaled(rates: dict[str, list[float]], name: str) -> float:

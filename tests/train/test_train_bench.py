@@ -123,18 +123,21 @@ def _found() -> dict[str, Any]:
             "overhead": {"loop_s": 1.0, "engine_s": 0.98, "torch_s": 0.9, "loop_over_engine_pct": 2.04,
                          "engine_over_torch_pct": 8.9, "outside_step_pct": 0.3},
             "scaling": {"rates": {"one": [100.0], "apart": [180.0], "two": [150.0]}},
-            "attention": {"isolated_attention_vs_dense_mask": 9.5}, "loss": {"failed": "no memory"}}
+            "attention": {"isolated_attention_vs_dense_mask": {"1024": 9.5},
+                          "milliseconds": {"1024": {"one by one": 2.0, "dense mask": 19.0}}},
+            "loss": {"failed": "no memory"}}
 
 
 def test_the_last_line_has_every_promised_number_and_the_page_its_tables() -> None:
     line = json.loads(json.dumps(run.headline(_found())))
     assert (line["vs_trainer_padded"], line["vs_trainer_concat"], line["vs_trl_packed"]) == (1.5, 2.0, None)
-    assert line["loop_overhead_pct"] == 2.04 and line["isolated_attention_vs_dense_mask"] == 9.5
+    assert line["loop_overhead_pct"] == 2.04 and line["isolated_attention_vs_dense_mask"] == {"1024": 9.5}
     assert line["loss_peak_memory_vs_full_logits"] is None
     assert line["two_ranks_vs_one"] == 1.5 and line["two_runs_vs_one"] == 1.8
     assert {"cpu", "cores", "versions", "commit"} <= {*line}
     page = run.filled(f"# Page\n{run.MARKS[0]}\nNot measured\n{run.MARKS[1]}\nend\n", _found())
     assert "| trainer padded | 200 | 200 to 200 | 1.50 x |" in page and "trl packed | FAILED" in page
+    assert "| 1,024 | 2.0 | 19.0 | 9.5 x |" in page
     assert "loss: FAILED: no memory" in page and "Not measured" not in page and page.endswith("end\n")
     assert run.filled(page, _found()) == page
 
