@@ -69,6 +69,7 @@ class LoraConfig(Settings):
     """Low-rank adapters (LoRA, arXiv:2106.09685): W + alpha/r * B A, with only A (r, in) and B (out, r) trained."""
 
     r: PositiveInt = 16
+    """Rank of the two factors."""
     alpha: PositiveFloat = 32.0
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Linear layers that get one, by the end of their name (`q_proj`); `all-linear`: all but the output layer."""
@@ -80,6 +81,7 @@ class ModelConfig(Settings):
     path: str
     """Local Hugging Face folder, hub name, or GGUF file."""
     attention: str = "auto"
+    """Kernel (cprec/attention.py); `auto`: the fastest that runs here. A named one that cannot run is an error."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 with float32 master weights on a GPU, float32 on a CPU."""
     activation_checkpointing: Annotated[int, Field(strict=True, ge=1)] | None = None
@@ -90,6 +92,7 @@ class ModelConfig(Settings):
     lora: LoraConfig | None = None
     """Train adapters instead of the model's own weights."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
 
     @field_validator("attention")
     @classmethod
@@ -148,13 +151,16 @@ class BatchConfig(Settings):
     """Rows per optimizer step and per forward. Accumulation follows from the world size."""
 
     global_batch_size: PositiveInt
+    """Rows per optimizer step, over all ranks."""
     micro_batch_size: PositiveInt
+    """Rows per rank and forward pass."""
 
 
 class OptimizerConfig(Settings):
     """AdamW. Weight decay leaves out norms, biases and every other parameter of fewer than two dimensions."""
 
     peak_lr: PositiveFloat
+    """The stable rate; a branch anneals from it."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(0.1, ge=0)
@@ -170,7 +176,9 @@ class AnnealConfig(Settings):
     length: Length
     """A share is one of the run; of a cycle, under `kind: wsd-s`."""
     shape: str = "sqrt"
+    """Formulas: cprec/schedule.py."""
     final_lr_ratio: float = 0.1
+    """The last rate as a share of the stable one."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -256,7 +264,9 @@ class CheckpointConfig(Settings):
     """When checkpoints are written and which are kept; docs/checkpoints.md. Parents of branches always are."""
 
     every: PositiveInt = 1000
+    """Steps between two of them."""
     keep_last: PositiveInt = 2
+    """So many of the newest are kept."""
     keep_stable_every: PositiveInt | None = None
     """Those of the stable phase at multiples of so many steps are never pruned: branches start from them."""
     keep_best: PositiveInt | None = None
@@ -270,7 +280,9 @@ class ValidationConfig(Settings):
     """Loss per validation corpus, on rows drawn once, every so many steps and at the end; `every: null`: never."""
 
     every: PositiveInt | None = 500
+    """Steps."""
     rows_per_corpus: PositiveInt = 64
+    """At most; the same ones every time."""
 
 
 class GuardConfig(Settings):
@@ -328,6 +340,7 @@ class RunConfig(Settings):
     """Everything that decides a run."""
 
     run_dir: str
+    """Folder of the run; the same command goes on from what is in it."""
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig

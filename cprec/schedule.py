@@ -117,7 +117,15 @@ class Return:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Rate and phase of every step of a run of `total_steps` updates. Steps count from 0, before the update."""
+    """Rate and phase of every step of a run of `total_steps` updates. Steps count from 0, before the update.
+
+    >>> trunk = Schedule(peak_lr=1.0, warmup_steps=4, total_steps=100)
+    >>> [trunk.lr(step) for step in (0, 1, 3, 50)]
+    [0.25, 0.5, 1.0, 1.0]
+    >>> branch = trunk.branch(start=50, steps=10, shape="linear", floor=0.0)
+    >>> [(branch.phase(step), branch.lr(step)) for step in (49, 50, 55)]
+    [('stable', 1.0), ('anneal', 1.0), ('anneal', 0.5)]
+    """
 
     peak_lr: float
     warmup_steps: int

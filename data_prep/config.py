@@ -61,9 +61,13 @@ class Dataset(Settings):
     and whatever else fsspec knows), or `package:<distribution>/<path inside it>`; `.gz` and `.zst` are unpacked."""
 
     parser: str
+    """The format (docs/formats.md)."""
     path: str
+    """Where the events are."""
     items: str | None = None
+    """Where the items are; MovieLens and RecBole have them beside the events, Complete Journey in its folder."""
     domain: str | None = None
+    """Name of the shop."""
     columns: Columns = Columns()
     layout: Literal["auto", "user_item", "item_user"] = "auto"
     """Of Amazon's ratings without a header: user,item,rating,time (2014) or item,user,rating,time (2018)."""
@@ -160,20 +164,27 @@ class CleanSettings(Settings):
     untitled_items: Literal["error", "drop"] = "error"
     """`drop` leaves out items without a title, with their events, and counts them."""
     merge_same_titles: bool = False
+    """Make one item of a domain's items with the same title."""
     shared_item_ids: bool = False
     """Item ids mean the same thing in every domain: an item is then also dropped from pre-training when its id occurs
     in an unseen domain's catalogue, whatever its title, also when untitled there."""
     max_title_chars: Positive = 300
+    """A longer title is cut at the last word border before."""
     min_user_events: Positive = 1
+    """Events that a user has in a domain's training window, at least; 1 keeps everyone."""
     min_item_events: Positive = 1
+    """The same of an item."""
 
 
 class SplitSettings(Settings):
     """The global clock: given, or quantiles of the time stamps of all chosen domains together."""
 
     t_valid: int | None = None
+    """Training ends before it: ms since 1970, UTC."""
     t_test: int | None = None
+    """Validation ends before it."""
     quantiles: tuple[float, float] = (0.8, 0.9)
+    """Of both, where they are not given."""
 
     @model_validator(mode="after")
     def _in_order(self) -> SplitSettings:
@@ -203,7 +214,9 @@ class SequenceSettings(Settings):
     max_events_by: Literal["latest", "draw"] = "latest"
     """Which these are: the latest, or drawn in favour of the latest, so that old ones are represented too."""
     mixed_min_domains: Positive = 2
+    """Domains that a user's all-domain history needs to be one."""
     min_items: Positive = 2
+    """A shorter history is dropped, and counted."""
     max_items: int = Field(default=50, ge=1, lt=1 << 16)
     """A longer history is cut into windows of nearly equal length."""
 
@@ -228,7 +241,9 @@ class TokenizerSettings(Settings):
     """An existing tokenizer (`path`: folder, `.model` file or hub name), or one trained on the titles at hand."""
 
     path: str | None = None
+    """Hugging Face folder, its tokenizer.json, a SentencePiece `.model`, or a hub name."""
     train_vocab_size: int | None = None
+    """Pieces of the SentencePiece tokenizer that is trained; fewer where the titles hold no more."""
     exact: Literal["gather", "slow"] = "gather"
     """`gather` encodes each line once; `slow` tokenizes every document whole, for tokenizers that merge over lines."""
 
@@ -248,7 +263,9 @@ class PackSettings(Settings):
     mode: PackMode = "best_fit"
     """`best_fit` cuts nothing; `concat` cuts documents where a row ends, as other stacks do; `one_per_row` pads."""
     seq_len: int = Field(default=1024, ge=16, lt=1 << 16)
+    """Tokens per row."""
     shard_rows: Positive = 16384
+    """Rows per file."""
     window: Positive = 1_000_000
     """Rounded to whole row groups of the histories (65,536). Documents tokenized whole, and plain text, are planned by
     single row groups, for each takes so much longer."""
@@ -259,19 +276,27 @@ class QuerySettings(Settings):
     `cprec.format.QueriesManifest`."""
 
     target: Target = "first"
+    """Which event of the test part is asked for; `leave_one_out` leaks and is there to compare with papers."""
     seen: Literal["exclude", "include"] = "exclude"
+    """Whether items that the user had before are candidates."""
     min_history: Positive = 3
+    """Events before the target that a query needs."""
     max_history: Positive = 50
+    """The last so many are shown."""
     max_per_domain: int | None = Field(default=None, ge=1)
+    """A seeded sample of users; null: all."""
 
 
 class PrepConfig(Settings):
     """Everything `launch/prepare.py` needs to know."""
 
     out: str
+    """Folder that everything is written into; the same command goes on from what is in it."""
     seed: int = 17
+    """Breaks ties between events of one time, draws the samples."""
     engine: EngineSettings = EngineSettings()
     workers: Positive = Field(default_factory=lambda: min(os.cpu_count() or 1, 8))
+    """Processes for encoding and packing; without it the machine's cores, at most 8. Changes no byte of the output."""
     datasets: Annotated[list[Dataset], Field(min_length=1)]
     replay: list[Replay] = Field(default_factory=list)
     ingest: IngestSettings = IngestSettings()
@@ -279,6 +304,7 @@ class PrepConfig(Settings):
     clean: CleanSettings = CleanSettings()
     split: SplitSettings = SplitSettings()
     regime: Literal["overlap", "disjoint"] = "overlap"
+    """`disjoint`: nobody with held-out events in an unseen domain is learned from."""
     sequences: SequenceSettings = SequenceSettings()
     template: str | Template = "cprec"
     """The name of a built-in one, or one's own: `{name: mine, lead_in: "Bought:\\n", item: "{title}\\n"}`."""

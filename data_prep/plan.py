@@ -98,7 +98,11 @@ def cut_histories(events: npt.NDArray[np.int32], lengths: Ints, line_lens: npt.N
 
 def cut_to_fit(item_tokens: Sequence[int], *, room: int) -> list[tuple[int, int]]:
     """Runs (first, n) of consecutive items of at most `room` tokens each, as few as possible, covering every item
-    that fits on its own."""
+    that fits on its own.
+
+    >>> cut_to_fit([3, 4, 5, 9, 2], room=8)  # 3 + 4, then 5; the item of 9 tokens fits nowhere
+    [(0, 2), (2, 1), (4, 1)]
+    """
     runs: list[tuple[int, int]] = []
     first, used = 0, 0
     for i, n_tokens in enumerate([*item_tokens, room + 1]):  # the sentinel closes the last run
@@ -199,6 +203,10 @@ def best_fit_decreasing(n_tokens: Ints, *, seq_len: int) -> RowPlan:
     them at once, which is what placing them one by one gives, since each leaves that row the fullest that takes the
     next. So the work grows with the number of different lengths and spaces; ties go to the earlier document, and to
     the row that came to its space last.
+
+    >>> plan = best_fit_decreasing(np.array([5, 2, 6, 3]), seq_len=8)
+    >>> plan.n_tokens.tolist(), plan.pieces_per_row.tolist()  # a row of 6 + 2, and one of 5 + 3
+    ([6, 2, 5, 3], [2, 2])
     """
     assert len(n_tokens) == 0 or 0 < n_tokens.min() <= n_tokens.max() <= seq_len < 1 << 16, "lengths beyond a row"
     order = np.argsort((seq_len - n_tokens).astype(np.uint16), kind="stable")

@@ -48,7 +48,17 @@ class Position:
 
 @dataclass(frozen=True)
 class Sampler:
-    """The run's order of rows over corpora of `sizes` rows each. Phases are in order; the first starts at 0."""
+    """The run's order of rows over corpora of `sizes` rows each. Phases are in order; the first starts at 0.
+
+    >>> two_to_one = Phase(start_row=0, quotas=quotas_of([2, 1]))
+    >>> sampler = Sampler(names=("books", "toys"), sizes=(100, 10), phases=(two_to_one,), seed=0)
+    >>> sampler.rows(0, 6).corpus.tolist()
+    [0, 1, 0, 0, 1, 0]
+    >>> sorted(sampler.rows(0, 30).row[sampler.rows(0, 30).corpus == 1].tolist())  # an epoch of toys: each row once
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    >>> int(sampler.rows(10**12, 1).epoch[0]) > 10**9  # any position costs as much as the first
+    True
+    """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -130,7 +140,11 @@ class Sampler:
 
 
 def quotas_of(weights: Sequence[float]) -> tuple[int, ...]:
-    """Weights as whole rows per PERIOD (largest remainder; a positive weight gets at least one row)."""
+    """Weights as whole rows per PERIOD (largest remainder; a positive weight gets at least one row).
+
+    >>> quotas_of([1, 3])
+    (4096, 12288)
+    """
     share = np.asarray(weights, dtype=np.float64) / sum(weights) * PERIOD
     quotas = np.where(share > 0, np.maximum(np.floor(share), 1), 0).astype(np.int64)
     order = np.argsort(-(share - np.floor(share)), kind="stable")
