@@ -10,12 +10,14 @@ READER_VENV ?= .venv-bench-reader
 READER_BIN := $(READER_VENV)/bin
 TRAIN_VENV ?= .venv-bench-train
 TRAIN_BIN := $(TRAIN_VENV)/bin
+DOCS_VENV ?= .venv-docs
+DOCS_BIN := $(DOCS_VENV)/bin
 KILLS ?= 200
 # make bench-prep ARGS='--events 1e6,1e7,1e8' OUT=docs
 ARGS ?=
 OUT ?=
 
-.PHONY: quickstart test test-cluster lint bench-prep bench-reader bench-train bench-rank soak clean
+.PHONY: quickstart test test-cluster lint docs bench bench-prep bench-reader bench-train bench-rank soak clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart.py --model $(MODEL)
@@ -31,6 +33,22 @@ test-cluster: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy cprec data_prep launch
+
+# The site, in site/. What is made from code is brought up to date by: python docs/configuration.py, docs/pictures.py
+docs: $(DOCS_VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --strict
+
+$(DOCS_VENV)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_BIN)/pip install --quiet --constraint constraints.txt mkdocs-material
+	touch $@
+
+# Everything that is measured without a GPU, one after the other.
+bench:
+	$(MAKE) bench-prep
+	$(MAKE) bench-reader
+	$(MAKE) bench-train
+	$(MAKE) bench-rank
 
 # torch comes first and exactly pinned: a looser requirement may pull another build of several gigabytes.
 $(VENV)/.installed: setup.cfg constraints.txt
@@ -91,4 +109,4 @@ soak: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.faults.run --kills $(KILLS) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) $(READER_VENV) $(TRAIN_VENV) work
+	rm -rf $(VENV) $(BENCH_VENV) $(READER_VENV) $(TRAIN_VENV) $(DOCS_VENV) site work
