@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cprec.errors import ConfigError, CPRecError, did_you_mean
 from cprec.launcher import ALONE, adopt
@@ -23,7 +23,11 @@ END_WITH = "CPREC_END_WITH"
 
 
 class Parser(argparse.ArgumentParser):
-    """Arguments of a script: an option that it does not have is answered with the nearest that it has."""
+    """Arguments of a script, whose docstring, examples first, is its help as it stands. An option that it does not have
+    is answered with the nearest that it has."""
+
+    def __init__(self, description: str | None = None, **rest: Any) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **rest)
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """As of argparse; ends the process with exit code 2 for an unknown option."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,42 @@ def compare(folders: Sequence[Path], out: Path) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Summary:
+    """A run of the family for a script: how far it is, where it came from, its last validation loss."""
+
+    name: str
+    folder: str
+    parent: str | None
+    first_step: int
+    step: int
+    last_step: int
+    what: str
+    validated_at: int | None
+    valid_loss: float | None
+    valid_loss_by_corpus: dict[str, float]
+    evaluations: list[str]
+
+
+def summarize(folders: Sequence[Path]) -> list[Summary]:
+    """The runs in `folders` and their families, parents first. Raises CheckpointError for a folder that is no run."""
+    return [_summary(m) for m in find_family(folders)]
+
+
+def _summary(m: Member) -> Summary:
+    valid = m.validation_at() or {"step": None, "loss": None, "loss_by_corpus": {}}
+    done = [str(folder) for folder, found in _evaluations(m) if not isinstance(found, str)]
+    return Summary(m.name, str(m.folder), str(m.parent) if m.parent else None, m.first_step, m.step,
+                   m.schedule.total_steps, m.what, valid["step"], valid["loss"], valid["loss_by_corpus"], done)
+
+
 def to_text(members: Sequence[Member]) -> str:
     """The comparison as Markdown."""
     title = f"# {members[0].name} and its family" if len(members) > 1 else f"# {members[0].name}"
     notes = [f"- {m.name}: {note}" for m in members for note in m.notes]
     return "\n".join([title, "", "```", *tree_lines(members), "```", "", *notes, *([""] if notes else []),
                       f"![the tree of runs, learning rates, losses]({PICTURE})", "", *_settings(members),
-                      *_losses(members), *_ranking(members)]) + "\n"
+                      *_losses(members), "## Ranking", "", *ranking_lines(members)]) + "\n"
 
 
 def tree_lines(members: Sequence[Member]) -> list[str]:
@@ -119,10 +149,11 @@ def _losses(members: Sequence[Member]) -> list[str]:
                     "intervals, over users.", ""]
 
 
-def _ranking(members: Sequence[Member]) -> list[str]:
-    """Reports over the members' evaluations, one for all that answer the same queries by the same protocol."""
+def ranking_lines(members: Sequence[Member]) -> list[str]:
+    """Reports over the members' evaluations, as Markdown, one for all that answer the same queries by the same
+    protocol."""
     groups: dict[str, dict[str, Path]] = {}
-    lines = ["## Ranking", ""]
+    lines: list[str] = []
     for m in members:
         for folder, manifest in _evaluations(m):
             if isinstance(manifest, str):

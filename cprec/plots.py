@@ -1,11 +1,14 @@
 """Pictures of runs and of packed data. The only module that draws.
 
-reads: run folders (`config.yaml`, `metrics.jsonl`), packed corpora. writes: PNG files, one per call.
+reads: run folders (`config.yaml`, `metrics.jsonl`), packed corpora. writes: PNG files, one per call; `draw_svg` returns
+its picture instead.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 import yaml
 
@@ -170,6 +174,86 @@ def plot_marks(panels: Mapping[str, Sequence[Mark]], out: Path, *,
     for ax in axes.flat[len(panels):]:
         ax.set_axis_off()
     _save(fig, out)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart over the steps. `color`: which of the page's; `style`: of matplotlib, such as `:`."""
+
+    points: Points
+    color: int
+    style: str = "-"
+    width: float = 1.4
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a chart marks on its axis of steps: stretches that are shaded, starts (dotted), bad steps (red ticks)."""
+
+    shaded: Sequence[tuple[int, int]] = ()
+    starts: Sequence[int] = ()
+    bad: Sequence[int] = ()
+
+
+N_COLORS = 8
+"""Colors that a page has for curves; the next ones are the same, dashed."""
+PLACEHOLDERS = {"#000001": "currentColor", "#000002": "var(--grid)", "#000003": "var(--shade)", "#000004": "var(--bad)",
+                **{f"#0000{16 + i:02x}": f"var(--curve-{i})" for i in range(N_COLORS)}}
+"""Colors that are drawn, and the page's for which they stand: a page in the dark has others, without a new picture."""
+INK, GRID, SHADE, BAD = list(PLACEHOLDERS)[:4]
+
+
+def draw_svg(curves: Sequence[Curve], steps: Steps = Steps(), *, is_log: bool = False, from_zero: bool = False) -> str:
+    """A chart of curves over the steps as an <svg> element: 300 wide, as large as its place on the page allows, its
+    texts texts, its colors the page's variables. `is_log` needs positive values."""
+    with plt.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": INK,
+                         "axes.edgecolor": GRID, "axes.labelcolor": INK, "xtick.labelcolor": INK, "xtick.color": GRID,
+                         "ytick.labelcolor": INK, "ytick.color": GRID, "svg.hashsalt": "cprec"}):
+        fig, ax = plt.subplots(figsize=(300 / 72, 190 / 72))
+        for first, last in steps.shaded:
+            ax.axvspan(first, last, color=SHADE, lw=0)
+        for step in steps.starts:
+            ax.axvline(step, color=INK, lw=0.8, ls=":")
+        ax.plot(steps.bad, [1] * len(steps.bad), "|", color=BAD, ms=12, transform=ax.get_xaxis_transform())
+        for curve in curves:
+            if curve.points:
+                style = {"-": "--"}.get(curve.style, curve.style) if curve.color >= N_COLORS else curve.style
+                color = list(PLACEHOLDERS)[4 + curve.color % N_COLORS]
+                ax.plot(*zip(*curve.points, strict=True), color=color, ls=style, lw=curve.width,
+                        marker="o" if len(curve.points) < 12 else "", ms=2.5)
+        if is_log:
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        else:
+            ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
+            ax.set_ylim(bottom=0 if from_zero else None)
+        ax.yaxis.set_major_formatter(_short)
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color=GRID, lw=0.6)
+        ax.set_axisbelow(True)
+        fig.tight_layout(pad=0.6)
+        return _as_element(fig)
+
+
+def _short(value: float, _: int) -> str:
+    """A tick's number: `0.004`, `5e-05`, `12k`."""
+    return f"{value:.4g}" if abs(value) < 1e4 else matplotlib.ticker.EngFormatter(sep="")(value)
+
+
+def _as_element(fig: Any) -> str:
+    """The figure as an element of a page: without XML's head, a size, a font and names of its own, colors replaced."""
+    out = io.StringIO()
+    fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None,
+                                                               "Type": None})
+    plt.close(fig)
+    svg = out.getvalue()
+    for pattern in (r"\A.*?(?=<svg)", r"<metadata>.*?</metadata>", r"<style.*?</style>", r'(?<=<g) id="[^"]*"',
+                    r"font-family: [^;]*; ", r'(?<=<svg)[^>]*?(?= viewBox)', r' transform="rotate\(-0 [^"]*"'):
+        svg = re.sub(pattern, "", svg, flags=re.DOTALL)
+    return re.sub("|".join(PLACEHOLDERS), lambda m: PLACEHOLDERS[m[0]], svg)
 
 
 def _save(fig: Any, out: Path) -> None:

@@ -87,6 +87,18 @@ def only_writer(folder: Path, *, wait_s: float = 60.0) -> Iterator[None]:
         yield
 
 
+def is_being_written(folder: Path) -> bool:
+    """Whether some process is the folder's only writer now, as far as locks reach."""
+    try:
+        with (folder.parent / f".{folder.name}.lock").open("r") as f:
+            fcntl.flock(f.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock was ever taken, or it may not be looked at
+        return False
+    return False
+
+
 def _wait_for(fd: int, path: Path, folder: Path, wait_s: float) -> None:
     deadline = time.monotonic() + wait_s
     said = False

@@ -11,43 +11,58 @@ given. Parents of living branches are never removed.
 
 from __future__ import annotations
 
-import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from cprec import cli
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("overrides", nargs="*", metavar="checkpoint.KEY=VALUE", help="instead of what the run says")
     parser.add_argument("--verify", action="store_true", help="compare every file with its hash")
     parser.add_argument("--prune", action="store_true", help="remove what nothing keeps")
     parser.add_argument("--dry-run", action="store_true", help="with --prune: only say what would go")
+    parser.add_argument("--json", action="store_true", help="one JSON object: `checkpoints` as they were found, and "
+                        "`pruned`, `unsound` where asked for")
     args = parser.parse_intermixed_args()  # the numbers may stand behind the options
     from cprec.process import only_writer
     from cprec.settings import load_settings
     from cprec.train.checkpoint import CONFIG, read_run_config
-    from cprec.train.inventory import unsound, write_table
+    from cprec.train.inventory import take_inventory, unsound, write_table
     from cprec.train.retention import prunable, prune
 
     run_dir = Path(args.run)
     config = read_run_config(run_dir)
     if args.overrides:
         config = load_settings(type(config), run_dir / CONFIG, args.overrides)
-    for line in write_table(run_dir, config.checkpoint):
-        print(line)
+    inventory = take_inventory(run_dir, config.checkpoint)
+    pruned = None
     if args.prune and args.dry_run:
-        print("would be pruned:", ", ".join(prunable(run_dir, config.checkpoint)) or "nothing")
+        pruned = prunable(run_dir, config.checkpoint)
     elif args.prune:
         with only_writer(run_dir, wait_s=0.0):
-            print("pruned:", ", ".join(prune(run_dir, config.checkpoint)) or "nothing")
-    problems = unsound(run_dir) if args.verify else []
-    for problem in problems:
-        print("NOT SOUND:", problem)
-    if args.verify and not problems:
-        print("every file has its hash")
+            pruned = prune(run_dir, config.checkpoint)
+    problems = unsound(run_dir) if args.verify else None
+    if args.json:
+        print(json.dumps({**asdict(inventory), "pruned": pruned, "unsound": problems}))
+    else:
+        show(write_table(run_dir, inventory), pruned, problems, dry_run=args.dry_run)
     return 4 if problems else 0
+
+
+def show(table: Iterator[str], pruned: list[str] | None, problems: list[str] | None, *, dry_run: bool) -> None:
+    for line in table:
+        print(line)
+    if pruned is not None:
+        print("would be pruned:" if dry_run else "pruned:", ", ".join(pruned) or "nothing")
+    for problem in problems or []:
+        print("NOT SOUND:", problem)
+    if problems == []:
+        print("every file has its hash")
 
 
 if __name__ == "__main__":

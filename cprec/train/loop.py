@@ -1,8 +1,8 @@
 """The training loop: resume, step, log, validate, save, stop when asked. Read `train` first; it is the whole story.
 
 reads: packed corpora, a model folder or the run's (or its parent's) newest checkpoint. writes: the run folder
-(`config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`). State of a run: the step, of which rows, rate and
-phase are functions, and what its guard has learned about bad steps.
+(`config.yaml`, `metrics.jsonl`, `starts.jsonl`, `tensorboard/`, `checkpoints/`). State of a run: the step, of which
+rows, rate and phase are functions, and what its guard has learned about bad steps.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from cprec.train.profile import Trace, parse_steps
 from cprec.train.retention import lease
 from cprec.train.run_folder import check_run_folder, claim_run_folder
 from cprec.train.saving import Saver
+from cprec.train.starts import recorded_start
 from cprec.train.stop import exit_code_of, look_for_stop_file, remove_stop_file, signals_collected
 from cprec.train.validate import validate
 from cprec.train.watch import Watch
@@ -146,7 +147,8 @@ def _train(plan: Plan, run_dir: Path, traced: range, asked: list[int]) -> int:
     saver = Saver(engine, run_dir, plan.config.checkpoint)
     metrics = MetricsLog(run_dir, plan.config, resume_step=progress.step if start else -1, active=dist.rank() == 0)
     try:
-        with Watchdog(run_dir, timeout_s=plan.config.watchdog.timeout_s) as watchdog:
+        with recorded_start(run_dir, step=lambda: progress.step, last_step=plan.schedule.total_steps), \
+                Watchdog(run_dir, timeout_s=plan.config.watchdog.timeout_s) as watchdog:
             is_complete = _run(plan, engine, saver, dataset, metrics, progress, trace, asked, watchdog)
         remove_stop_file(run_dir)
         return 0 if is_complete else exit_code_of(asked)
@@ -341,7 +343,8 @@ def _altered_shards(plan: Plan) -> list[str]:
     manifests = {**plan.train, **plan.valid}
     files = [(name, file) for name, manifest in manifests.items() for file in manifest.files]
     first, step = (dist.local_rank(), dist.local_world_size()) if plan.cache else (dist.rank(), plan.world_size)
-    for name, file in files[first::step]:
+    mine = files[first::step]
+    for name, file in with_bar(mine, total=len(mine), label="verify", unit="shard") if dist.rank() == 0 else mine:
         try:
             verify_file(plan.places[name], file, plan.cache)
         except DataError as e:

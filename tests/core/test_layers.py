@@ -19,7 +19,7 @@ FLOORS = [
     "cprec.data.sampler cprec.data.corpora cprec.data.collate cprec.data.peek "
     "data_prep.config data_prep.engine data_prep.workers data_prep.plan",
     "cprec.data.dataset cprec.model cprec.base cprec.train.guard cprec.train.profile cprec.train.trackers "
-    "cprec.train.order cprec.train.partitions cprec.train.disk "
+    "cprec.train.order cprec.train.partitions cprec.train.disk cprec.train.starts "
     "cprec.eval.queries cprec.eval.trie cprec.eval.metrics cprec.eval.stats cprec.eval.results "
     "cprec.eval.tree_attention data_prep.mapping data_prep.replay data_prep.clean data_prep.split data_prep.sequences "
     "data_prep.duplicates data_prep.engines.duckdb data_prep.engines.spark "
@@ -33,12 +33,15 @@ FLOORS = [
     "cprec.eval.sequential cprec.eval.answers cprec.eval.rank cprec.eval.beam cprec.eval.choice "
     "data_prep.parsers.registry data_prep.staging data_prep.proof",
     "cprec.train.run_folder cprec.train.retention cprec.train.model_card cprec.train.validate cprec.train.watch "
-    "cprec.train.stop cprec.cluster.facts cprec.cluster.cost cprec.eval.baselines cprec.eval.comparison",
-    "cprec.cluster.preflight cprec.train.saving cprec.train.inventory cprec.eval.rankers cprec.eval.report",
+    "cprec.train.stop cprec.cluster.facts cprec.cluster.cost cprec.eval.baselines cprec.eval.comparison "
+    "cprec.report.markup",
+    "cprec.cluster.preflight cprec.train.saving cprec.train.inventory cprec.eval.rankers cprec.eval.report "
+    "cprec.report.charts",
     "cprec.train.loop cprec.train.steps cprec.train.branch cprec.train.family "
     "cprec.train.export cprec.train.average data_prep.ingest data_prep.audit",
     "cprec.eval.run cprec.train.sweep cprec.compare data_prep.pipeline data_prep.look",
-    "data_prep.estimate",
+    "cprec.report.page data_prep.estimate",
+    "cprec.report.live",
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules.split()}
 SHARED_WITH_DATA_PREP = {"cprec.errors", "cprec.log", "cprec.template", "cprec.format", "cprec.settings",

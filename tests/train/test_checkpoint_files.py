@@ -24,7 +24,7 @@ from cprec.train.checkpoint import (
     read_checkpoint,
     verify_checkpoint,
 )
-from cprec.train.inventory import unsound, write_table
+from cprec.train.inventory import take_inventory, unsound, write_table
 from cprec.train.partitions import Layout, Place, SavedState, Share, write_file
 from cprec.train.retention import lease, living_branches, prunable, prune, reasons_to_keep
 from cprec.train.saving import Saver
@@ -157,7 +157,7 @@ def test_the_newest_checkpoint_when_altered_is_passed_over_loudly_and_an_error_w
     assert found is not None and found.state.step == 4
     assert "PASSED OVER" in caplog.text and "step_00000008" in caplog.text and "going on from" in caplog.text
     assert (run / "checkpoints/broken_step_00000008").is_dir() and not folder.exists()
-    assert not unsound(run) and "put aside" in "\n".join(write_table(run, EVERYTHING))
+    assert not unsound(run) and "put aside" in "\n".join(write_table(run, take_inventory(run, EVERYTHING)))
 
 
 def test_a_run_without_a_sound_checkpoint_is_an_error_and_nothing_is_moved(tmp_path: Path) -> None:

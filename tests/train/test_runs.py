@@ -31,6 +31,7 @@ from cprec.schedule import Schedule
 from cprec.train.checkpoint import list_checkpoints
 from cprec.train.metrics import read_metrics
 from cprec.train.plan import build_plan
+from cprec.train.starts import read_starts
 
 LAUNCH = tiny.REPO / "launch"
 
@@ -96,6 +97,7 @@ def test_a_run_killed_in_the_middle_and_started_again_logs_the_very_losses_of_an
     next(rest.glob("rank_*.safetensors")).write_bytes(b"cut short")
     launch("pretrain.py", "--config", str(config))
     assert losses(run) == losses(trunk)
+    assert [s.how for s in read_starts(run)] == [None, "complete"]
 
 
 def kill_ranks_of(run: Path) -> None:
@@ -126,6 +128,8 @@ def test_sigterm_saves_and_exits_with_the_requeue_code_and_the_run_goes_on_with_
     assert len(list((stopped / "checkpoints").glob("step_*/state.json"))) == 1
     launch("pretrain.py", "--config", str(config), ranks=1)
     assert losses(stopped) == losses(unbroken)
+    first, second = read_starts(stopped)
+    assert (first.how, second.how) == ("stopped", "complete") and 0 < first.end_step == second.step < 60
 
 
 def test_stopping_the_deepspeed_command_makes_its_ranks_save_and_leaves_none_behind(
