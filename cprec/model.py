@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cprec import attention
 from cprec.data.collate import Batch
 from cprec.errors import ConfigError, raise_all
-from cprec.log import get_logger
+from cprec.log import bars_only_on_a_terminal, get_logger
 from cprec.loss import row_losses
 
 log = get_logger(__name__)
@@ -186,6 +186,7 @@ def _source(path: str) -> tuple[str, dict[str, str]]:
 
 def _load(path: str, **options: Any) -> PreTrainedModel:
     name, of_file = _source(path)
+    bars_only_on_a_terminal()
     try:
         return AutoModelForCausalLM.from_pretrained(name, **of_file, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as e:

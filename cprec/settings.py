@@ -20,7 +20,7 @@ from cprec.errors import ConfigError, did_you_mean, raise_all
 class Settings(BaseModel):
     """Base of every block of a config: frozen, and a key that it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 S = TypeVar("S", bound=Settings)

@@ -89,30 +89,34 @@ def _refuse_mixed_up(args: argparse.Namespace, rewarms: bool) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--from", dest="source", required=True, metavar="RUN[@STEP]", help="stable checkpoint")
-    length = parser.add_mutually_exclusive_group(required=True)
+    length = parser.add_argument_group("how long (one of them)").add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int, help="length of the branch in optimizer steps")
     length.add_argument("--tokens", type=float, help="... in tokens of packed rows")
     length.add_argument("--share", type=float, help="... as a share of the parent's steps")
-    parser.add_argument("--shape", help=f"{', '.join(sorted(SHAPES))}; default: sqrt (1-sqrt)")
-    final = parser.add_mutually_exclusive_group()
+    rate = parser.add_argument_group("learning rate")
+    rate.add_argument("--shape", help=f"{', '.join(sorted(SHAPES))}; default: sqrt (1-sqrt)")
+    final = rate.add_mutually_exclusive_group()
     final.add_argument("--final-lr", type=float, metavar="X", help="last learning rate")
     final.add_argument("--final-lr-ratio", type=float, default=0.1, metavar="X",
                        help="... as a share of the stable one; default: 0.1")
-    parser.add_argument("--mix", action="append", default=[], metavar="CORPUS=WEIGHT,...",
-                        help="weights of corpora or patterns in the annealing; default: the trunk's")
-    parser.add_argument("--packed", action="append", default=[], metavar="FOLDER",
-                        help="packed corpora that the annealing reads besides the trunk's; give them a weight by --mix")
-    parser.add_argument("--seed", type=int, help="another order of the rows that the trunk has not read")
-    parser.add_argument("--control", action="store_true",
-                        help="afterwards the same annealing on the trunk's mixture too, in RUN_DIR-control")
-    parser.add_argument("--rewarm", type=int, metavar="N", help="instead: back to the stable rate over N steps")
-    parser.add_argument("--from-zero", action="store_true", help="with --rewarm: from rate 0, not from the last one")
+    rows = parser.add_argument_group("rows")
+    rows.add_argument("--mix", action="append", default=[], metavar="CORPUS=WEIGHT,...",
+                      help="weights of corpora or patterns in the annealing; default: the trunk's")
+    rows.add_argument("--packed", action="append", default=[], metavar="FOLDER",
+                      help="packed corpora that the annealing reads besides the trunk's; give them a weight by --mix")
+    rows.add_argument("--seed", type=int, help="another order of the rows that the trunk has not read")
+    rows.add_argument("--control", action="store_true",
+                      help="afterwards the same annealing on the trunk's mixture too, in RUN_DIR-control")
+    back = parser.add_argument_group("instead of an annealing")
+    back.add_argument("--rewarm", type=int, metavar="N", help="back to the stable rate over N steps")
+    back.add_argument("--from-zero", action="store_true", help="with --rewarm: from rate 0, not from the last one")
     parser.add_argument("--run-dir", help="folder of the branch; default: the trunk's with -SHAPE-STEPS")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its plan, start nothing")
-    parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
-    parser.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps by torch.profiler into run/profile/")
+    plan = parser.add_argument_group("without training, or with a trace")
+    plan.add_argument("--dry-run", action="store_true", help="print the resolved config and its plan, start nothing")
+    plan.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
+    plan.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps by torch.profiler into run/profile/")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the trunk's, where a "
                         "branch may have its own: checkpoint, validation, log_every, data.max_epochs ...")

@@ -9,7 +9,6 @@ worse. Architectures, tokenizers and shapes have to agree. One process, memory o
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from cprec import cli
@@ -17,7 +16,7 @@ from cprec.errors import ConfigError
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("models", nargs="+", metavar="FOLDER", help="exported models")
     parser.add_argument("--out", required=True, help="folder of the average")
     parser.add_argument("--greedy", action="store_true", help="keep only models that the average gains by")

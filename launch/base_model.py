@@ -8,14 +8,13 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from cprec import cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     small = kinds.add_parser("small", help="random Llama")
     small.add_argument("--tokenizer", required=True, type=Path, help="folder with tokenizer.json")

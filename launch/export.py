@@ -8,14 +8,13 @@ adapters are merged into the model; with `--adapter-only` they are written alone
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from cprec import cli
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--from", dest="source", required=True, metavar="RUN[@STEP]", help="what to export")
     parser.add_argument("--out", help="new folder; default: RUN/hf, of adapters alone RUN/adapter")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: float32")

@@ -110,7 +110,7 @@ def _shots(text: str) -> int | None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--model", required=True, help="folder of an exported model")
     parser.add_argument("--packed", required=True, help="packed corpora, prepared with template: supervised")
     parser.add_argument("--corpus", required=True, help="the one to learn from, such as specific/toys")
@@ -119,9 +119,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=5, help="how often each document is read; default 5")
     parser.add_argument("--seed", type=int, default=0, help="of the draw and of the order; default 0")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the config's")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="draw the shots, print the resolved config and its plan, start nothing")
-    parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
+    plan = parser.add_argument_group("without training")
+    plan.add_argument("--dry-run", action="store_true",
+                      help="draw the shots, print the resolved config and its plan, start nothing")
+    plan.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args()
 

@@ -11,14 +11,12 @@ has as many, in the same order, or one. reads: evaluation folders and the querie
 
 from __future__ import annotations
 
-import argparse
-
 from cprec import cli
 from cprec.errors import ConfigError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("evaluations", nargs="*", metavar="NAME=FOLDER[,FOLDER...]", help="what launch/rank.py wrote")
     parser.add_argument("--reference", help="the name that all others are held against; default: no differences")
     parser.add_argument("--out", help="folder for the report")

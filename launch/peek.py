@@ -15,36 +15,43 @@ writes: nothing.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cprec import cli
 from cprec.data import peek
+from cprec.format import read_manifest
 
 
 def main() -> None:
     """Read the command line and print what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("packed", metavar="PACKED|RUN",
                         help="folder of a packed corpus or of several; with --step, of a run")
-    parser.add_argument("--row", type=int, metavar="N", help="show row N as text")
-    parser.add_argument("--tokenizer", metavar="PATH", help="default: the one that the manifest names")
-    parser.add_argument("--lengths", action="store_true", help="only the histograms of lengths and fill")
-    parser.add_argument("--verify", action="store_true", help="compare every shard's hash with the manifest's")
-    parser.add_argument("--step", type=int, metavar="N", help="show what the step reads that makes RUN's step count N")
-    parser.add_argument("--rank", type=int, metavar="R", help="with --step: only what this rank reads")
-    parser.add_argument("--world-size", type=int, metavar="W",
-                        help="with --step: dealt to so many ranks; default: those of the newest checkpoint, else 1")
+    shown = parser.add_argument_group("what is shown of packed data")
+    shown.add_argument("--row", type=int, metavar="N", help="show row N as text")
+    shown.add_argument("--tokenizer", metavar="PATH", help="default: the one that the manifest names")
+    shown.add_argument("--lengths", action="store_true", help="only the histograms of lengths and fill")
+    shown.add_argument("--verify", action="store_true", help="compare every shard's hash with the manifest's")
+    shown.add_argument("--json", action="store_true", help="instead: one JSON object per corpus and line, its manifest")
+    step = parser.add_argument_group("what is shown of a run")
+    step.add_argument("--step", type=int, metavar="N", help="show what the step reads that makes RUN's step count N")
+    step.add_argument("--rank", type=int, metavar="R", help="with --step: only what this rank reads")
+    step.add_argument("--world-size", type=int, metavar="W",
+                      help="with --step: dealt to so many ranks; default: those of the newest checkpoint, else 1")
     args = parser.parse_args()
     if args.step is None and (args.rank, args.world_size) != (None, None):
         parser.error("--rank and --world-size belong to --step")
+    if args.json and (args.verify, args.row, args.lengths, args.step) != (False, None, False, None):
+        parser.error("--json shows manifests; it goes with no other of these")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     if args.step is not None:
         show(show_step(args.packed, args.step, rank=args.rank, world_size=args.world_size))
+    elif args.json:
+        show(read_manifest(folder).model_dump_json() for folder in peek.find_corpora(args.packed))
     elif args.verify:
         print(peek.verify(peek.find_corpora(args.packed)))
     elif args.row is not None:
@@ -67,7 +74,7 @@ def show_step(run: str, step: int, *, rank: int | None, world_size: int | None) 
     return steps.show_step(steps.open_run(Path(run), step=step, world_size=world_size), step, rank=rank)
 
 
-def show(lines: Iterator[str]) -> None:
+def show(lines: Iterable[str]) -> None:
     for line in lines:
         print(line)
 

@@ -10,7 +10,6 @@ measures them. docs/plan.md says how far the numbers are from measured ones.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from dataclasses import asdict
@@ -26,17 +25,18 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--config", required=True, help="run config, YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--device", default="h100", help="h100, h200, a100, ... (default: %(default)s)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the device's peak (default: %(default)s)")
-    parser.add_argument("--measured", metavar="RUN", type=Path, help="take the median MFU of this run instead")
-    parser.add_argument("--network-gb-s", type=float, default=40.0, help="bus bandwidth over several nodes "
-                                                                         "(default: %(default)s, one 400 Gb/s port)")
-    parser.add_argument("--storage-gb-s", type=float, default=5.0, help="to checkpoints (default: %(default)s)")
+    machines = parser.add_argument_group("the cluster")
+    machines.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
+    machines.add_argument("--gpus-per-node", type=int, default=8, help="default: %(default)s")
+    machines.add_argument("--device", default="h100", help="h100, h200, a100, ... (default: %(default)s)")
+    machines.add_argument("--mfu", type=float, default=0.4, help="share of the device's peak (default: %(default)s)")
+    machines.add_argument("--measured", metavar="RUN", type=Path, help="take the median MFU of this run instead")
+    machines.add_argument("--network-gb-s", type=float, default=40.0, help="bus bandwidth over several nodes "
+                          "(default: %(default)s, one 400 Gb/s port)")
+    machines.add_argument("--storage-gb-s", type=float, default=5.0, help="to checkpoints (default: %(default)s)")
     parser.add_argument("--seq-len", type=int, help="tokens per row, where the data are not here")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()

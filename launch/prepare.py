@@ -1,12 +1,10 @@
 """Prepare corpora and ranking queries from raw interaction logs; CPU only, restartable.
 
-python launch/prepare.py --config data_prep/configs/complete_journey.yaml [key.sub=value ...] [--dry-run]
-mpirun -n 64 python launch/prepare.py --config ...    # one rank leads, the others work, on as many machines
+    python launch/prepare.py --config data_prep/configs/complete_journey.yaml [key.sub=value ...] [--dry-run]
+    mpirun -n 64 python launch/prepare.py --config ...    # one rank leads, the others work, on as many machines
 """
 
 from __future__ import annotations
-
-import argparse
 
 from cprec import cli
 from cprec.settings import dump_settings, load_settings
@@ -20,7 +18,7 @@ WRITTEN = "interactions/, items/, histories/, packed/<corpus>/, queries/, report
 
 def main() -> None:
     """Read the command line, then prepare or say what would be done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--config", required=True, help="YAML file, see data_prep/configs/")
     parser.add_argument("--dry-run", action="store_true",
                         help="check config, sources, columns and clock, say what would be read, run and made, stop")

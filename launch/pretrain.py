@@ -14,12 +14,13 @@ from cprec import cli
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--config", required=True, help="run config, YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its plan, start nothing")
-    parser.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
-    parser.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps by torch.profiler into run/profile/")
+    plan = parser.add_argument_group("without training, or with a trace")
+    plan.add_argument("--dry-run", action="store_true", help="print the resolved config and its plan, start nothing")
+    plan.add_argument("--world-size", type=int, help="with --dry-run: plan for this many ranks")
+    plan.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps by torch.profiler into run/profile/")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()
     from cprec.config import RunConfig

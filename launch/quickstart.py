@@ -8,7 +8,6 @@ goes on: each script knows what of its work is done. Ends with a table and the p
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import signal
@@ -52,7 +51,7 @@ RECIPES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--model", choices=RECIPES, default="small", help="small: from scratch; smollm2: pretrained")
     args = parser.parse_args()
     os.chdir(REPO)

@@ -12,7 +12,6 @@ The same command again goes on where it was stopped, with any number of processe
 
 from __future__ import annotations
 
-import argparse
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,29 +28,31 @@ from cprec.process import only_writer
 
 def parse_arguments() -> tuple[EvalOptions, str | None]:
     """Options from the command line, and the folder to compare with."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="folder of an exported model (or a hub name)")
     what.add_argument("--baseline", help=f"instead of a model: {', '.join(BASELINES)}")
     parser.add_argument("--queries", required=True, help="folder of prepared queries")
     parser.add_argument("--out", required=True, help="folder for the results")
-    parser.add_argument("--domains", help="comma-separated; default: all")
-    parser.add_argument("--limit", type=int, help="only the first N queries of each domain")
-    parser.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)}; default float32")
-    parser.add_argument("--top-k", type=int, default=10, help="how many of the best to list; default 10")
-    parser.add_argument("--protocol", default="full", help="full (default), uniform-M, popularity-M, choice-M with M "
-                        "negatives, beam-W or open-W with beams of width W")
-    parser.add_argument("--scoring", default="sum", help="sum (default), mean-A (per length^A) or pmi-W (minus W times "
-                        "the log-probability without a history)")
-    parser.add_argument("--rank-up-to", type=int, help="do not tell ranks beyond this one apart (faster)")
-    parser.add_argument("--seen", choices=("exclude", "include"), help="whether items had before are candidates; "
-                        "default: as the queries were frozen")
-    parser.add_argument("--items", choices=("all", "warm"), default="all", help="warm: only items of the training "
-                        "window; default all")
-    parser.add_argument("--control", help=f"make the queries worse on purpose: {', '.join(CONTROLS)}")
-    parser.add_argument("--seed", type=int, default=0, help="of a baseline that is trained; default 0")
-    parser.add_argument("--full", help="of a uniform-M protocol: the folder of the same model's full ranking, whose "
-                        "expectation is printed beside")
+    asked = parser.add_argument_group("what is asked")
+    asked.add_argument("--domains", help="comma-separated; default: all")
+    asked.add_argument("--limit", type=int, help="only the first N queries of each domain")
+    asked.add_argument("--seen", choices=("exclude", "include"), help="whether items had before are candidates; "
+                       "default: as the queries were frozen")
+    asked.add_argument("--items", choices=("all", "warm"), default="all", help="warm: only items of the training "
+                       "window; default all")
+    asked.add_argument("--control", help=f"make the queries worse on purpose: {', '.join(CONTROLS)}")
+    how = parser.add_argument_group("how it is answered")
+    how.add_argument("--protocol", default="full", help="full (default), uniform-M, popularity-M, choice-M with M "
+                     "negatives, beam-W or open-W with beams of width W")
+    how.add_argument("--full", help="of a uniform-M protocol: the folder of the same model's full ranking, whose "
+                     "expectation is printed beside")
+    how.add_argument("--scoring", default="sum", help="sum (default), mean-A (per length^A) or pmi-W (minus W times "
+                     "the log-probability without a history)")
+    how.add_argument("--rank-up-to", type=int, help="do not tell ranks beyond this one apart (faster)")
+    how.add_argument("--top-k", type=int, default=10, help="how many of the best to list; default 10")
+    how.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)}; default float32")
+    how.add_argument("--seed", type=int, default=0, help="of a baseline that is trained; default 0")
     a = parser.parse_args()
     options = EvalOptions(queries=a.queries, out=a.out, model=a.model, baseline=a.baseline, limit=a.limit,
                           dtype=a.dtype, domains=None if a.domains is None else a.domains.split(","), top_k=a.top_k,

@@ -8,14 +8,13 @@ run's own command goes on from there. SIGTERM and SIGUSR1 to the ranks do the sa
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from cprec import cli
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     args = parser.parse_args()
     from cprec.train.stop import ask_to_stop

@@ -73,26 +73,28 @@ def _numbers(text: str, option: str) -> list[float]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--from", dest="source", required=True, metavar="RUN[@STEP]", help="stable checkpoint")
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", metavar="N,...", help="lengths of the annealings in optimizer steps")
     length.add_argument("--tokens", metavar="N,...", help="... in tokens of packed rows")
     length.add_argument("--share", metavar="X,...", help="... as shares of the parent's steps")
-    parser.add_argument("--shape", default="sqrt", metavar="SHAPE,...", help="default: sqrt")
-    parser.add_argument("--mix", action="append", metavar="CORPUS=WEIGHT,...",
-                        help="one mixture, or `trunk` for the trunk's own; give several times; default: trunk")
-    parser.add_argument("--seed", metavar="K,...", help="orders of the rows the trunk has not read; default: its own")
+    grid = parser.add_argument_group("the grid: every combination")
+    grid.add_argument("--shape", default="sqrt", metavar="SHAPE,...", help="default: sqrt")
+    grid.add_argument("--mix", action="append", metavar="CORPUS=WEIGHT,...",
+                      help="one mixture, or `trunk` for the trunk's own; give several times; default: trunk")
+    grid.add_argument("--seed", metavar="K,...", help="orders of the rows the trunk has not read; default: its own")
     parser.add_argument("--final-lr-ratio", type=float, default=0.1, help="last rate as a share of the stable one")
     parser.add_argument("--packed", action="append", default=[], metavar="FOLDER",
                         help="packed corpora besides the trunk's, for mixtures that name them")
     parser.add_argument("--out", help="folder of the branches; default: the trunk's with -sweep")
-    parser.add_argument("--launcher", default="deepspeed", help="what starts launch/anneal.py; default: deepspeed")
-    parser.add_argument("--slurm", choices=["write", "submit"],
-                        help="write OUT/commands.txt for an array job (launch/slurm/sweep.sbatch), with --launcher "
-                             "ranks for a rank per task; and submit it, from the repository")
-    parser.add_argument("--sbatch", default="", metavar="OPTIONS", help="further options of sbatch")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
+    start = parser.add_argument_group("how they are run")
+    start.add_argument("--launcher", default="deepspeed", help="what starts launch/anneal.py; default: deepspeed")
+    start.add_argument("--slurm", choices=["write", "submit"],
+                       help="write OUT/commands.txt for an array job (launch/slurm/sweep.sbatch), with --launcher "
+                            "ranks for a rank per task; and submit it, from the repository")
+    start.add_argument("--sbatch", default="", metavar="OPTIONS", help="further options of sbatch")
+    start.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of launch/anneal.py, for all of them")
     return parser.parse_args()
 

@@ -31,7 +31,7 @@ from cprec.data.corpora import find_corpora
 from cprec.data.sampler import matching, permute
 from cprec.errors import ConfigError, DataError, did_you_mean, raise_all
 from cprec.format import PackedCorpus, write_atomically
-from cprec.log import get_logger
+from cprec.log import get_logger, progress
 from cprec.model import load_for_training
 from cprec.storage import is_url
 from cprec.tokenizer import load_tokenizer
@@ -122,7 +122,8 @@ def validation_loss(folder: Path, corpora: Mapping[str, PackedCorpus], n_rows: i
     for name, corpus in corpora.items():
         rows = permute(np.arange(min(n_rows, len(corpus))), len(corpus), key=(0, name, 0))
         batches = [collate([corpus[int(r)]], [0]) for r in rows]
-        sums[name] = sum(float(model(b.to(device)).sum()) for b in batches)
+        shown = progress(batches, total=len(batches), label=f"{folder} on {name}", unit="row")
+        sums[name] = sum(float(model(b.to(device)).sum()) for b in shown)
         counts[name] = sum(b.n_valid for b in batches)
     return Loss(sum(sums.values()) / sum(counts.values()), {name: sums[name] / counts[name] for name in sums})
 
@@ -217,7 +218,8 @@ def _write_weights(weights: Sequence[_Weights], folder: Path) -> None:
         if path.suffix in (".json", ".model", ".jinja", ".txt") and not path.name.startswith("cprec_"):
             shutil.copyfile(path, folder / path.name)
     by_file = sorted(first.file_of.items(), key=lambda item: item[1])
-    for name, entries in groupby(by_file, key=lambda item: item[1]):
+    shards = groupby(by_file, key=lambda item: item[1])
+    for name, entries in progress(shards, total=len({*first.file_of.values()}), label="average", unit="shard"):
         shard = {key: _mean(weights, key) for key, _ in entries}
         save_file(shard, str(folder / name), metadata={"format": "pt"})
 

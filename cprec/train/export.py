@@ -20,7 +20,7 @@ from torch import Tensor
 from cprec.config import RunConfig
 from cprec.errors import CheckpointError
 from cprec.format import sync
-from cprec.log import get_logger
+from cprec.log import get_logger, progress
 from cprec.model import load_config, load_transformers_tokenizer
 from cprec.train.checkpoint import EXPORTED, Checkpoint, read_run_config, verify_checkpoint
 from cprec.train.lora import adapter_tensors, merged, write_adapter_config
@@ -111,7 +111,7 @@ def _write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, a
     """Write tensors, `at_most` so many, in shards of at most SHARD_BYTES (a larger one alone), with the index that
     transformers reads."""
     shards = [_Shard(folder / "part-0.safetensors", at_most)]
-    for name, tensor in tensors:
+    for name, tensor in progress(tensors, total=at_most, label="export", unit="tensor"):
         if shards[-1].names and shards[-1].n_bytes + tensor.nbytes > SHARD_BYTES:
             shards[-1].close()
             shards.append(_Shard(folder / f"part-{len(shards)}.safetensors", at_most))
