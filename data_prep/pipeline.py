@@ -26,6 +26,7 @@ from cprec.settings import dump_settings
 from cprec.template import Template
 from cprec.tokenizer import TRAINED
 from data_prep.audit import audit
+from data_prep.card import write_card
 from data_prep.clean import clean, k_core
 from data_prep.config import PrepConfig
 from data_prep.disk import name_a_full_disk
@@ -41,6 +42,7 @@ from data_prep.report import write_report
 from data_prep.sequences import write_catalogue, write_histories
 from data_prep.split import read_split, require_parts, split, write_split
 from data_prep.templates import template_of
+from data_prep.to_recbole import write_recbole
 from data_prep.vocabulary import train_tokenizer
 from data_prep.workers import Workers
 
@@ -260,6 +262,7 @@ def _prepare(preparation: Preparation) -> None:
             _report(preparation, finished)
             raise
         _report(preparation, finished)
+        write_card(preparation.layout, read_split(preparation.layout))
     finally:
         preparation.close()
     for line in summary(preparation.layout, finished):
@@ -268,6 +271,24 @@ def _prepare(preparation: Preparation) -> None:
 
 def _report(preparation: Preparation, finished: dict[str, Stamp]) -> None:
     write_report(preparation.engine, preparation.layout, corpora=preparation.corpora, stamps=finished)
+
+
+def export_recbole(config: PrepConfig) -> Path:
+    """Write the finished preparation as RecBole's files; their folder. Raises DataError when a stage is not finished,
+    and ConfigError when the folder is of another config."""
+    with only_writer(Path(config.out), wait_s=5), name_a_full_disk(Path(config.out)):
+        preparation = Preparation(config)
+        try:
+            stages = preparation.stages()
+            finished = finished_stages(preparation, stages)
+            missing = [s.name for s in stages if s.name not in finished]
+            if missing:
+                raise DataError(f"{config.out}: {', '.join(missing)} not finished; run launch/prepare.py without "
+                                f"--export first")
+            return write_recbole(preparation.engine, preparation.layout, corpora=preparation.corpora,
+                                 split=read_split(preparation.layout))
+        finally:
+            preparation.close()
 
 
 def finished_stages(preparation: Preparation, stages: Sequence[Stage]) -> dict[str, Stamp]:

@@ -2,6 +2,7 @@
 
     python launch/prepare.py --config data_prep/configs/complete_journey.yaml [key.sub=value ...] [--dry-run]
     mpirun -n 64 python launch/prepare.py --config ...    # one rank leads, the others work, on as many machines
+    python launch/prepare.py --config ... --export recbole    # the splits, for RecBole's models
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from cprec import cli
 from cprec.settings import dump_settings, load_settings
 from data_prep.config import PrepConfig
 from data_prep.estimate import estimate
-from data_prep.pipeline import Preparation, finished_stages, prepare
+from data_prep.pipeline import Preparation, export_recbole, finished_stages, prepare
 from data_prep.workers import n_mpi_ranks, over_mpi
 
 WRITTEN = "interactions/, items/, histories/, packed/<corpus>/, queries/, report.md, audit.json, ..."
@@ -22,11 +23,15 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="YAML file, see data_prep/configs/")
     parser.add_argument("--dry-run", action="store_true",
                         help="check config, sources, columns and clock, say what would be read, run and made, stop")
+    parser.add_argument("--export", choices=["recbole"], help="write a finished preparation's splits and items for "
+                        "others, into a folder of that name below `out`")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings on top of the file")
     args = parser.parse_args()
     config = load_settings(PrepConfig, args.config, args.overrides)
     if args.dry_run:
         show_plan(config)
+    elif args.export:
+        print(f"written: {export_recbole(config)}")
     elif n_mpi_ranks() > 1:
         over_mpi(lambda workers: prepare(config, workers))
     else:

@@ -19,10 +19,11 @@ FLOORS = [
     "cprec.data.sampler cprec.data.corpora cprec.data.collate cprec.data.peek "
     "data_prep.config data_prep.engine data_prep.workers data_prep.plan",
     "cprec.data.dataset cprec.model cprec.base cprec.train.guard cprec.train.profile cprec.train.trackers "
-    "cprec.train.order cprec.train.partitions cprec.train.disk cprec.train.starts "
+    "cprec.train.order cprec.train.partitions cprec.train.disk cprec.train.starts cprec.train.hub "
     "cprec.eval.queries cprec.eval.trie cprec.eval.metrics cprec.eval.stats cprec.eval.results "
     "cprec.eval.tree_attention data_prep.mapping data_prep.replay data_prep.clean data_prep.split data_prep.sequences "
     "data_prep.duplicates data_prep.engines.duckdb data_prep.engines.spark "
+    "data_prep.card data_prep.to_recbole "
     "data_prep.pictures data_prep.encode data_prep.rows data_prep.whole data_prep.vocabulary data_prep.queries "
     "data_prep.shots",
     "cprec.train.metrics cprec.train.plan cprec.train.lora cprec.train.optimizer cprec.train.zero_state "

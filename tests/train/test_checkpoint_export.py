@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +16,15 @@ import tiny
 import torch
 import yaml
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cprec.config import ParentConfig
 from cprec.data.corpora import read_data_record
+from cprec.errors import ConfigError, CPRecError
 from cprec.train import export as exporting
 from cprec.train.checkpoint import Checkpoint, list_checkpoints, read_run_config
 from cprec.train.export import export
+from cprec.train.hub import check_can_push, push
 from cprec.train.model_card import model_card
 from cprec.train.partitions import SavedWeights
 
@@ -57,6 +61,51 @@ def test_an_export_in_several_shards_computes_what_the_trained_weights_compute_i
     with torch.no_grad():
         assert torch.equal(exported(ids).logits, trained(ids).logits)
     assert exported.generation_config.max_new_tokens == 7
+
+
+def test_an_export_has_every_file_that_vllm_and_llama_cpp_ask_for_and_the_base_tokenizer(
+        checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "SHARD_BYTES", 20_000)
+    out = tmp_path / "hf"
+    export(checkpoint, out, dtype=torch.bfloat16)
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
+    assert config["dtype"] == "bfloat16"
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 1
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    named = {name: file for file in sorted({*index["weight_map"].values()})
+             for name in safe_open(out / file, framework="pt").keys()}  # noqa: SIM118 - not a mapping
+    assert named == index["weight_map"] and {p.name for p in out.glob("*.safetensors")} == {*named.values()}
+    assert sum(p.stat().st_size for p in out.glob("*.safetensors")) > index["metadata"]["total_size"] > 0
+    ours, base = (AutoTokenizer.from_pretrained(p) for p in (out, read_run_config(checkpoint.run_dir).model.path))
+    sample = ["Bought:\nA robot, 2nd edition\n", "Bücher & Spiele — 20 % günstiger", "</s> is text", "日本語 \t x"]
+    assert [ours(s)["input_ids"] for s in sample] == [base(s)["input_ids"] for s in sample]
+    assert ours.get_vocab() == base.get_vocab() and max(ours.get_vocab().values()) < config["vocab_size"]
+    assert ours.special_tokens_map == base.special_tokens_map and ours.eos_token_id == base.eos_token_id == 1
+    assert json.loads((out / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+    gguf = pytest.importorskip("gguf", reason="llama.cpp's package gguf is not installed (extra gguf)")
+    vocab = gguf.SpecialVocab(out, load_merges=True)  # what llama.cpp's converter reads a folder's tokens with
+    assert vocab.special_token_ids == {"bos": 0, "eos": 1, "pad": 1}
+
+
+@pytest.mark.parametrize(("name", "problem"), [
+    ("model", "give OWNER/NAME"), ("a/b/c", "a/b/c"), ("me/no good", "me/no good"),
+    ("me/model", "run `hf auth login`")])
+def test_a_push_that_cannot_succeed_is_refused_before_anything_is_read(
+        name: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ConfigError, match="--push-to") as raised:
+        check_can_push(name)
+    assert problem in str(raised.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens there
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_none")
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(CPRecError, match="the same command sends it again"):
+            push(tmp_path, "me/model", message="step 1")
 
 
 def test_a_model_card_tells_base_licence_data_lineage_and_losses(checkpoint: Checkpoint) -> None:
