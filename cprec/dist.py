@@ -7,18 +7,22 @@ one process is a world of one. Under pure data parallelism (ZeRO) the data-paral
 from __future__ import annotations
 
 import os
+import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as torch_dist
 
 from cprec import launcher
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, LostRankError
 from cprec.launcher import free_port as free_port
 from cprec.log import get_logger
 
 log = get_logger(__name__)
+_LOST = re.compile(r"(Connection (closed|reset) by peer|Broken pipe|remote process exit)[^\n]*")
+"""How gloo and NCCL say that the process at the other end is no more."""
 
 
 def rank() -> int:
@@ -74,6 +78,22 @@ def shutdown() -> None:
     """Leave the process group; without it NCCL complains at exit, and a rank that failed keeps the others waiting."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+
+
+@contextmanager
+def name_lost_ranks() -> Iterator[None]:
+    """Turn what a collective says whose other ranks are no more into LostRankError; its stack would be this rank's,
+    which has only waited. Also a decorator."""
+    try:
+        yield
+    except RuntimeError as e:
+        seen = _LOST.search(str(e))
+        if not seen:
+            raise
+        raise LostRankError(f"rank {rank()} on {socket.gethostname()} has lost another rank ({seen.group()}): it was "
+                            f"killed, has failed, or its machine is gone; look for its last lines, or in that "
+                            f"machine's log (out of memory?); the same command goes on from the newest complete "
+                            f"checkpoint") from e
 
 
 def barrier() -> None:

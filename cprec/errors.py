@@ -47,6 +47,12 @@ class ClusterError(CPRecError):
     exit_code = 6
 
 
+class LostRankError(CPRecError):
+    """Another rank has gone: names what its neighbour saw of that; the cause is told where the other one ran."""
+
+    on_one_rank = True
+
+
 EXIT_REQUEUE = 75
 """Exit code (EX_TEMPFAIL) of a run that was asked to stop by a signal, saved, and wants to be started again."""
 EXIT_HANG = 76

@@ -87,13 +87,14 @@ def run(config: RunConfig, *, dry_run: bool = False, planned_world_size: int | N
             dist.shutdown()
 
 
+@dist.name_lost_ranks()
 def train(config: RunConfig, *, traced: range = range(0), asked: list[int] | None = None) -> int:
     """Train to the end of the schedule, from wherever the run folder stands; the exit code, not 0 if stopped before.
 
     `traced`: steps, counted from 1, that the profiler watches. `asked`: not empty, on any rank, once the run is to
     stop, see `cprec.train.stop`.
 
-    Collective: every rank calls it. Raises ConfigError, DataError, CheckpointError or DivergedError.
+    Collective: every rank calls it. Raises ConfigError, DataError, CheckpointError, DivergedError or LostRankError.
     """
     dist.init()
     if config.preflight:

@@ -75,6 +75,19 @@ def test_when_one_rank_is_stopped_the_other_writes_its_stacks_names_it_and_ends_
     assert "in _run" in stacks and "in _watch" in stacks  # the main thread's, and every other one's
 
 
+def test_when_one_rank_is_killed_the_other_ends_with_a_line_instead_of_its_own_stack(world: dict[str, Any],
+                                                                                    tmp_path: Path) -> None:
+    _, ranks = start_ranks(world, tmp_path)
+    try:
+        ranks[1].kill()
+        assert ranks[0].wait(timeout=200) == 1
+    finally:
+        end(ranks)
+    said = (tmp_path / "stderr-0").read_text()
+    assert f"LostRankError: rank 0 on {os.uname().nodename} has lost another rank (Connection" in said
+    assert "Traceback" not in said
+
+
 def test_a_process_that_keeps_the_interpreters_lock_is_ended_and_leaves_its_stacks(tmp_path: Path) -> None:
     code = ("import ctypes, sys; from pathlib import Path; from cprec.cluster.watchdog import Watchdog\n"
             "def stuck(): ctypes.PyDLL(None).pause()\n"
