@@ -335,7 +335,7 @@ def test_a_run_folder_of_another_config_is_refused_and_left_as_it_was(
 def test_dry_run_prints_a_config_that_is_valid_and_what_follows_from_it(world: dict[str, Any], tmp_path: Path) -> None:
     config = write_config({**world, "run_dir": str(tmp_path / "never")}, tmp_path / "run.yaml")
     done = subprocess.run([sys.executable, str(LAUNCH / "pretrain.py"), "--config", str(config), "--dry-run",
-                           "--world-size", "4"], capture_output=True, text=True, check=True)
+                           "--world-size", "5,4"], capture_output=True, text=True, check=True)  # 5 do not share 8 rows
     resolved, _, plan = done.stdout.partition("\n\n")
     again = tiny.run_config(yaml.safe_load(resolved))
     assert again.data.mix.stable == {"mixed": 1.0, "specific/toys": 2.0}
