@@ -18,6 +18,8 @@ from cprec.train.partitions import SavedState
 
 STAGES = {f"zero{n}": str(tiny.REPO / f"ds_configs/zero{n}.json") for n in (1, 2, 3)}
 SAVED_AT = 4
+ROWS = 12
+"""Of a step: 1, 2, 3 and 4 ranks can share them. Most parameters do not divide by 3."""
 GROUPS = {"embeddings": 0.1, "matrices": 0.1, "vectors": 0.0}
 """Weight decay of every parameter group."""
 
@@ -26,7 +28,8 @@ GROUPS = {"embeddings": 0.1, "matrices": 0.1, "vectors": 0.0}
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Unbroken runs of 8 steps on 2 ranks, saved after step 4, by stage."""
     root = tmp_path_factory.mktemp("elastic")
-    world = {**tiny.write_world(root), "schedule": {"total": {"steps": 8}, "warmup": {"steps": 2}}}
+    world = {**tiny.write_world(root), "schedule": {"total": {"steps": 8}, "warmup": {"steps": 2}},
+             "batch": {"global_batch_size": ROWS, "micro_batch_size": 1}}
     configs = {name: {**world, "run_dir": str(root / name), "deepspeed": path} for name, path in STAGES.items()}
     assert in_ranks.train_all(configs, root) == dict.fromkeys(configs, "")
     return configs
@@ -47,7 +50,7 @@ def losses(config: dict[str, Any]) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in read_metrics(config["run_dir"]) if r["kind"] == "train"}
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_weights_moments_counts_and_settings_of_every_group_are_loaded_bit_by_bit_by_other_ranks_and_stages(
         runs: dict[str, dict[str, Any]], tmp_path: Path, ranks: int) -> None:
     changes = {"zero3 to zero3": ("zero3", "zero3"), "zero3 to zero2": ("zero3", "zero2"),
@@ -65,18 +68,16 @@ def test_weights_moments_counts_and_settings_of_every_group_are_loaded_bit_by_bi
             assert len({g["at"] for g in groups}) == len(groups) == 3  # a count of its own
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_a_run_of_two_ranks_goes_on_with_other_ranks_and_stages_and_has_the_losses_of_the_unbroken_one(
         runs: dict[str, dict[str, Any]], tmp_path: Path, ranks: int) -> None:
     configs = {"zero3": cut_short(runs["zero3"], tmp_path / "zero3"),
                "zero3 to zero2": cut_short(runs["zero3"], tmp_path / "zero3 to zero2", stage="zero2")}
-    for c in configs.values():
-        c["batch"] = {**c["batch"], "micro_batch_size": 1 if ranks == 4 else 2}
     assert in_ranks.train_all(configs, tmp_path, ranks=ranks) == dict.fromkeys(configs, "")
     for config in configs.values():
         assert losses(config) == pytest.approx(losses(runs["zero3"]), rel=1e-5)
         end = read_checkpoint(Path(config["run_dir"]) / "checkpoints/step_00000008").state
-        assert end.world_size == ranks and end.rows_seen == 8 * 8
+        assert end.world_size == ranks and end.rows_seen == 8 * ROWS
 
 
 def test_a_run_of_one_rank_goes_on_with_two(runs: dict[str, dict[str, Any]], tmp_path: Path) -> None:
