@@ -28,7 +28,7 @@ test: $(VENV)/.installed
 # SLURM, MPI and several hosts, on this machine: what of them is not installed is skipped, and pytest says so.
 test-cluster: EXTRAS := dev,gguf,mpi
 test-cluster: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest tests/cluster tests/slurm
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -50,14 +50,23 @@ class Hosts:
         return ["nsenter", f"--net=/run/netns/{self._space(name)}", "unshare", "--uts", "--mount", "sh", "-c", ENTER,
                 "sh", str(self._folder), name, *command]
 
-    def power_off(self, name: str) -> None:
-        """End every process of a host at once."""
+    def processes(self, name: str, *, of: str = "") -> list[int]:
+        """The processes of a host whose command line has `of` in it."""
         listed = subprocess.run(["ip", "netns", "pids", self._space(name)], capture_output=True, text=True, check=True)
-        for pid in listed.stdout.split():
+        return [pid for pid in map(int, listed.stdout.split()) if of in _command_line(pid)]
+
+    def power_off(self, name: str) -> None:
+        """Cut a host off and end its processes: nobody hears of it, as when it loses its power."""
+        _ip(f"-n {self._space(name)} link set eth0 down")
+        for pid in self.processes(name):
             try:
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+    def power_on(self, name: str) -> None:
+        """Have the network reach a host again; nothing runs on it yet."""
+        _ip(f"-n {self._space(name)} link set eth0 up")
 
     def start_ssh(self) -> None:
         """Let every host be reached from every other by `ssh NAME`, with a key made for the purpose."""
@@ -105,6 +114,13 @@ def running_hosts(names: Sequence[str], folder: Path) -> Iterator[Hosts]:
         yield made
     finally:
         made.down()
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:  # it has ended
+        return ""
 
 
 def _ip(*commands: str) -> None:
