@@ -13,11 +13,14 @@ TRAIN_BIN := $(TRAIN_VENV)/bin
 DOCS_VENV ?= .venv-docs
 DOCS_BIN := $(DOCS_VENV)/bin
 KILLS ?= 200
+# of experiments-cpu: a folder of your own; without it the Complete Journey
+DATA ?=
 # make bench-prep ARGS='--events 1e6,1e7,1e8' OUT=docs
 ARGS ?=
 OUT ?=
 
-.PHONY: quickstart test test-cluster lint docs bench bench-prep bench-reader bench-train bench-rank soak schemas clean
+.PHONY: quickstart test test-cluster lint docs bench bench-prep bench-reader bench-train bench-rank soak experiments-cpu \
+    schemas clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart.py --model $(MODEL)
@@ -107,6 +110,10 @@ bench-rank: $(VENV)/.installed
 # Kills training at random moments; about ten minutes on two cores. The same command goes on where it was stopped.
 soak: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.faults.run --kills $(KILLS) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# The paper's claims on a small model, about 35 minutes on two cores; experiments/README.md. The same command goes on.
+experiments-cpu: $(VENV)/.installed
+	$(BIN)/python experiments/run.py --form cpu $(if $(DATA),--data $(DATA)) $(ARGS)
 
 # What editors complete configs by; to be run after a change of a config's fields.
 schemas: $(VENV)/.installed
