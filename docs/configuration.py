@@ -8,11 +8,8 @@ page. A test compares the page with what this gives.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,7 +79,7 @@ def headings(root: type[BaseModel]) -> dict[type[BaseModel], str]:
 
 def table(model: type[BaseModel], properties: dict[str, Any], titles: dict[type[BaseModel], str]) -> str:
     """A line per key: name, type, default, meaning."""
-    texts, names = field_docs(model), choices()
+    names = choices()
     links = {m.__name__: f"[{title.strip('`')}](#{title.strip('`').replace('.', '').lower()})"
              for m, title in titles.items()}
     lines = ["| key | type | default | |", "|---|---|---|---|"]
@@ -98,7 +95,7 @@ def table(model: type[BaseModel], properties: dict[str, Any], titles: dict[type[
         if listed := names.get((model.__name__, name)):
             kind = kind.replace("text", ", ".join(f"`{n}`" for n in listed), 1)
         of_block = next((m.__doc__ or "" for m in models_in(field.annotation)), "").partition(". ")[0].rstrip(".")
-        text = texts.get(name, of_block)
+        text = field.description or of_block
         lines.append(f"| `{name}` | {kind} | {default} | {prose(text)} |")
     return "\n".join(lines)
 
@@ -123,18 +120,6 @@ def type_text(schema: dict[str, Any], links: dict[str, str]) -> str:
     limits = ", ".join(f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)
     word = {"integer": "int", "number": "float", "string": "text", "boolean": "bool"}.get(kind, kind)
     return f"{word} {limits}".strip()
-
-
-def field_docs(model: type[BaseModel]) -> dict[str, str]:
-    """The string below each field, and below those of its bases."""
-    texts: dict[str, str] = {}
-    for base in reversed([c for c in model.__mro__ if issubclass(c, BaseModel) and c is not BaseModel]):
-        [body] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(body, ast.ClassDef)
-        for field, text in zip(body.body, body.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                texts[ast.unparse(field.target)] = str(text.value.value)
-    return texts
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
