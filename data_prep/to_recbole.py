@@ -89,7 +89,7 @@ def _write(engine: Engine, table: Table, fields: dict[str, str], path: Path) -> 
             f.writelines(_lines(columns))
             n_rows += batch.num_rows
     if n_changed:
-        log.info("%s: a leading quote of %s became a space", path.name, n_of(n_changed, "title"))
+        log.info("%s: tabs, line ends or a leading quote of %s became spaces", path.name, n_of(n_changed, "title"))
     return n_rows
 
 

@@ -130,7 +130,7 @@ class Form(Settings):
     tune: TuneForm
     rank: RankForm
     seeds: PositiveInt
-    """Of every arm."""
+    """Of the arms that a claim rests on; those that explore have one."""
     headline_seeds: PositiveInt
     """Of the arm of the first claim."""
     jobs: PositiveInt = 1

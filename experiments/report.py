@@ -11,16 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from cprec import cli
 from cprec.errors import DataError, n_of
@@ -32,16 +28,16 @@ from experiments.claims import (
     CONSTANT,
     COSINE,
     CPREC,
-    LONGER_BASE,
     MIXED,
     SPECIFIC,
     TITLES,
     TUNED,
+    TUNED_BASE,
     tables,
 )
 from experiments.compare import METRICS, Gap, Number, Outcome, Result, outcomes
 from experiments.forms import load_form, load_world
-from experiments.steps import REPO, recorded
+from experiments.steps import REPO, device, recorded
 
 CLAIMS = {1: "Continual pre-training helps", 2: "All domains help", 3: "Warmup-Stable-Annealing helps",
           4: "It scales", 5: "Plain text is not forgotten"}
@@ -49,7 +45,7 @@ TEXT = "replay/held_out"
 DIGITS = {"NDCG@10": ".4f", "HR@10": ".4f", "NLL": ".1f"}
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "duckdb")
 DOCS = REPO / "docs/experiments.md"
-DECIDING = ((1, "zero_shot", CPREC, BASE), (1, "shots", TUNED, LONGER_BASE), (2, "corpora", SPECIFIC, CPREC),
+DECIDING = ((1, "zero_shot", CPREC, BASE), (1, "shots", TUNED, TUNED_BASE), (2, "corpora", SPECIFIC, CPREC),
             (2, "corpora", MIXED, CPREC), (2, "corpora", TITLES, CPREC), (3, "schedules", COSINE, CPREC),
             (3, "schedules", CONSTANT, CPREC), (3, "schedules_tuned", "never annealed, fine-tuned", TUNED))
 """Of each claim, the comparisons that a summary shows: table, row, what it is held against."""
@@ -155,13 +151,11 @@ def _fill(page: Path, form: str, text: str) -> None:
 
 def _about(line: Line) -> About:
     done = recorded(line.work, line.steps)
-    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (
-        f"{cpu[1] if cpu else platform.processor()}, {len(os.sched_getaffinity(0))} cores")
+    devices = {str(d["device"]) for d in done.values() if "device" in d} or {device()}
     f = line.form
     return About(
         form=line.form_name, model=f.about, world=line.world.about, tokens=f.tokens, seeds=f.seeds,
-        headline_seeds=f.headline_seeds, device=device, versions={p: version(p) for p in PACKAGES},
+        headline_seeds=f.headline_seeds, device="; ".join(sorted(devices)), versions={p: version(p) for p in PACKAGES},
         commits=sorted({str(d["commit"]) for d in done.values()}), n_done=len(done), n_steps=len(line.steps),
         step_minutes=round(sum(float(str(d["seconds"])) for d in done.values()) / 60, 1))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cprec import cli
+from cprec.errors import ConfigError
 
 if TYPE_CHECKING:
     from experiments.steps import Step
@@ -30,6 +31,9 @@ CLAIMS = [f"claim{n}" for n in range(1, 6)]
 def main() -> None:
     args = _arguments()
     sys.path[0] = str(REPO)  # a script's own folder stands there, and `experiments` is found beside it
+    if args.publish and (args.only or args.steps):
+        raise ConfigError("--publish replaces the whole published report, and --only or --steps make a part of one; "
+                          "leave them or --publish out")
     data = str(Path(args.data).resolve()) if args.data else None
     os.chdir(REPO)
     from cprec.process import only_writer

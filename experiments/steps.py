@@ -1,13 +1,15 @@
 """Steps that need each other, run in order, several at a time if wanted; what is finished is not run again.
 
 reads and writes: `<work>/<step>/`, where a step's commands leave what they make, their output in `log.txt`, and, last
-of all, `done.json` with the commands, seconds, commit and time. costs: a process per command.
+of all, `done.json` with the commands, seconds, commit, device and time. costs: a process per command.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shlex
 import shutil
 import signal
@@ -17,6 +19,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from queue import SimpleQueue
@@ -148,7 +151,18 @@ def _run_step(step: Step, work: Path, slots: SimpleQueue[list[int]]) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     write_atomically(folder / DONE, json.dumps({
         "commands": step.commands, "seconds": round(time.monotonic() - started, 1), "commit": commit(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, indent=1) + "\n")
+        "device": device(), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, indent=1) + "\n")
+
+
+@cache
+def device() -> str:
+    """What steps run on: the GPU's name, else the processor's and how many cores of it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    return f"{cpu[1] if cpu else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def _run(command: Command, log_file: Path, cores: Sequence[int], name: str) -> None:

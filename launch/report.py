@@ -38,10 +38,14 @@ def main() -> None:
 
 
 def watch(run: Path, port: int, every_s: float) -> None:
-    """Serve the page until Ctrl-C. Raises CheckpointError when the folder is no run's."""
+    """Serve the page until Ctrl-C. Raises CheckpointError when the folder is no run's, ConfigError for a wrong port or
+    interval."""
+    from cprec.errors import ConfigError
     from cprec.report.live import PageServer, page_of
     from cprec.train.checkpoint import read_run_config
 
+    if every_s < 1:
+        raise ConfigError(f"--every {every_s:g}: give at least 1 second")
     read_run_config(run)
     with PageServer(page_of(run, refresh_s=every_s), port=port) as server:
         print(f"{run} at {server.url}; Ctrl-C ends it", flush=True)

@@ -57,7 +57,8 @@ def overhead(part: dict[str, Any]) -> Iterator[str]:
                f"{part['engine_over_torch_pct']:+.1f} %"])
     yield row(["plain torch: forward, backward, clip, AdamW", f"{1000 * part['torch_s']:,.0f}", ""])
     yield ""
-    yield (f"Medians; the last column is the median of the ratios step by step. Of the loop's time "
+    yield (f"Times are medians of all steps, whose batches differ; the last column is the median of the ratios of "
+           f"the same steps, which is what counts. Of the loop's time "
            f"{part['outside_step_pct']:.2f} % passes outside of the engine's step.")
 
 

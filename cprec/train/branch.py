@@ -82,7 +82,7 @@ def find_checkpoint(source: str, *, phases: Sequence[str] = ()) -> Checkpoint:
 
     Raises CheckpointError listing the complete ones when there is none such.
     """
-    path, _, step = source.partition("@")
+    path, step = _split(source)
     if Path(path).name.startswith("step_") and not step:
         return read_checkpoint(Path(path))
     if not Path(path).is_dir():
@@ -102,8 +102,15 @@ def find_checkpoint(source: str, *, phases: Sequence[str] = ()) -> Checkpoint:
 
 def is_pinned(source: str) -> bool:
     """Whether `source` names a step, and not only the newest checkpoint there is."""
-    path, _, step = source.partition("@")
+    path, step = _split(source)
     return step.isdigit() or Path(path).name.startswith("step_")
+
+
+def _split(source: str) -> tuple[str, str]:
+    """RUN and what follows its last @; a folder further up may have one in its name."""
+    folder, slash, name = source.rpartition("/")
+    run, _, step = name.partition("@")
+    return folder + slash + run, step
 
 
 def find_parent(source: str, *, annealed: bool = False) -> Checkpoint:

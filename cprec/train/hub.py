@@ -39,9 +39,11 @@ def push(folder: Path, repository: str, *, message: str) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
+        is_private = api.repo_info(repository).private
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except Exception as e:  # also of the HTTP library that the hub's client stands on, another in every version
         raise CPRecError(f"--push-to {repository}: {type(e).__name__}: {e}; {folder} is whole, and the same command "
                          f"sends it again") from None
-    log.info("pushed %s to %s", folder, commit.commit_url)
+    log.info("pushed %s to %s, which is %s; its card names the folders of the run and its parents", folder,
+             commit.commit_url, "private" if is_private else "public")
     return str(commit.commit_url)

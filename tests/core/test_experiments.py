@@ -23,7 +23,7 @@ from experiments.arms import Answers, Line
 from experiments.claims import Row, Table, tables
 from experiments.compare import outcomes
 from experiments.forms import Source, World, load_form, load_world
-from experiments.report import write_report
+from experiments.report import DECIDING, write_report
 from experiments.steps import DONE, LOG, Step, StepError, in_order, is_done, run_steps, select, share_cores
 from tests.eval.folders import Query, Shop, write_queries
 
@@ -103,6 +103,9 @@ def test_every_step_is_estimated_below_ten_minutes_and_every_arm_has_its_steps(f
     labels = [(t, [r.label for r in t.rows]) for t in tables(made)]
     assert all(set(r.against) < set(names) and len(set(names)) == len(names) for t, names in labels for r in t.rows)
     assert {t.claim for t in tables(made)} == {1, 2, 3, 4, 5}
+    compared = {(t.claim, t.key, r.label, other) for t in tables(made) for r in t.rows for other in r.against}
+    assert all(any((c, row, other) == (claim, r, a) and key.startswith(k) for claim, key, r, a in compared)
+               for c, k, row, other in DECIDING)
 
 
 def test_a_claim_alone_takes_its_own_steps_and_what_they_need(tmp_path: Path) -> None:

@@ -219,6 +219,12 @@ def ask(server: PageServer, path: str = "") -> str:
         return str(answer.read().decode())
 
 
+def test_the_page_is_given_to_nobody_who_calls_this_machine_by_another_name(server: PageServer) -> None:
+    asked = urllib.request.Request(server.url, headers={"Host": "elsewhere.example"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(asked)
+
+
 def test_the_served_page_is_made_anew_when_the_run_has_gone_on_and_only_then(runs: Path, server: PageServer) -> None:
     first = ask(server)
     assert first == ask(server) and "follows the run" in first

@@ -85,6 +85,8 @@ def test_a_source_names_the_newest_stable_checkpoint_or_a_step(world: dict[str, 
     assert find_checkpoint(run).state.step == find_parent(run, annealed=True).state.step == 10
     assert [is_pinned(s) for s in (run, f"{run}@latest-stable", f"{run}@4", f"{run}/checkpoints/step_00000004/")] == [
         False, False, True, True]
+    (tmp_path / "a@1").symlink_to(tmp_path)  # an @ further up is part of a name
+    assert [find_parent(f"{tmp_path}/a@1/run{at}").state.step for at in ("", "@4")] == [6, 4]
     for source, why in [("10", r"step 10 is in the anneal phase; an annealing branch starts from"),
                         ("1", r"step 1 is in the warmup phase"),
                         ("5", r"complete ones of .*: 1 \(warmup\), 4 \(stable"),
