@@ -116,7 +116,7 @@ def summary(found: Sequence[Outcome], about: About) -> str:
     """The comparisons that decide the claims, one a line, and plain text before and after."""
     lines = [f"{about.model}; {about.tokens:,} tokens of pre-training per arm; {about.seeds} to {about.headline_seeds} "
              f"seeds; {about.device}; commit {', '.join(about.commits)}.", "",
-             "| claim | compared | NDCG@10 | p (Holm) | NLL, nats | |", "|---|---|---:|---:|---:|---|"]
+             "| claim | compared | NDCG@10 | p (Holm) | NLL, nats | by NDCG@10 |", "|---|---|---:|---:|---:|---|"]
     for claim, key, row, against in DECIDING:
         of = {g.metric: g for o in found if o.key.startswith(key) for g in o.gaps
               if (g.row, g.against) == (row, against)}
