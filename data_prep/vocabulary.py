@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow.parquet as pq
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -29,6 +30,9 @@ log = get_logger(__name__)
 
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 CONTROL_IDS = {UNK: 0, BOS: 1, EOS: 2, PAD: 3}
+SCORE_STEP = 2.0**-6
+"""Scores are multiples of it. `ppp` is `p pp` or `pp p` at one score, and rounding of the sums, in 32 bits in one library
+and in 64 in the other, would decide. Sums of multiples are exact in both, and of equals both take the same."""
 NEVER_IN_TEXT = -1000.0
 """Score of control and byte pieces in the Hugging Face copy. That library looks for every piece in the text, also
 for `</s>`; at this score any spelling by characters wins. SentencePiece never looks for them."""
@@ -95,7 +99,11 @@ def _train(titles: Sequence[str], vocab_size: int) -> bytes:
         remove_extra_whitespaces=False, split_digits=True, required_chars=printable, num_threads=1,
         max_sentence_length=1 << 16, unk_id=0, bos_id=1, eos_id=2, pad_id=3, unk_piece=UNK, bos_piece=BOS,
         eos_piece=EOS, pad_piece=PAD, minloglevel=2)
-    return written.getvalue()
+    trained = ModelProto.FromString(written.getvalue())
+    for piece in trained.pieces:
+        piece.score = round(piece.score / SCORE_STEP) * SCORE_STEP
+    model: bytes = trained.SerializeToString(deterministic=True)
+    return model
 
 
 def _fast_copy(processor: sentencepiece.SentencePieceProcessor) -> FastTokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -72,3 +73,15 @@ def test_every_template_gets_a_tokenizer_that_knows_its_words(prepared: Path, tm
 
 def test_the_lead_in_is_not_spelled_letter_by_letter(prepared: Path) -> None:
     assert len(load_tokenizer(str(prepared / "tokenizer")).encode([LEAD_IN])[0]) <= 2 * len(LEAD_IN.split())
+
+
+def test_words_that_split_in_several_ways_at_one_score_are_split_alike(prepared: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    table = pq.read_table(prepared / "catalogue.parquet")
+    rows = [r for r in table.to_pylist() if r["domain"] == "toys"]
+    for row in (many := [rows[i % len(rows)].copy() for i in range(2000)]):
+        runs = ["".join(rng.choice(list("peo")) * int(rng.integers(1, 6)) for _ in range(3)) for _ in range(4)]
+        row |= {"title": " ".join(runs), "line": " ".join(runs) + "\n", "n_train": 1}  # ppp: p pp or pp p
+    pq.write_table(pa.Table.from_pylist(many, schema=table.schema), tmp_path / "catalogue.parquet")
+    counts = train_tokenizer(Layout(tmp_path), vocab_size=512, template=TEMPLATE, corpora=CORPORA).by_reason
+    assert counts["lines that both copies encode alike"] == 2003  # DataError where they do not
