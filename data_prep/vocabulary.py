@@ -31,8 +31,8 @@ log = get_logger(__name__)
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 CONTROL_IDS = {UNK: 0, BOS: 1, EOS: 2, PAD: 3}
 SCORE_STEP = 2.0**-6
-"""Scores are multiples of it. `ppp` is `p pp` or `pp p` at one score, and rounding of the sums, in 32 bits in one library
-and in 64 in the other, would decide. Sums of multiples are exact in both, and of equals both take the same."""
+"""Scores are multiples of it. `ppp` is `p pp` or `pp p` at one score, and rounding of the sums, in 32 bits in one
+library and in 64 in the other, would decide. Sums of multiples are exact in both, and of equals both take the same."""
 NEVER_IN_TEXT = -1000.0
 """Score of control and byte pieces in the Hugging Face copy. That library looks for every piece in the text, also
 for `</s>`; at this score any spelling by characters wins. SentencePiece never looks for them."""

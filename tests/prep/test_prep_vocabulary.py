@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -75,13 +74,9 @@ def test_the_lead_in_is_not_spelled_letter_by_letter(prepared: Path) -> None:
     assert len(load_tokenizer(str(prepared / "tokenizer")).encode([LEAD_IN])[0]) <= 2 * len(LEAD_IN.split())
 
 
-def test_words_that_split_in_several_ways_at_one_score_are_split_alike(prepared: Path, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    table = pq.read_table(prepared / "catalogue.parquet")
-    rows = [r for r in table.to_pylist() if r["domain"] == "toys"]
-    for row in (many := [rows[i % len(rows)].copy() for i in range(2000)]):
-        runs = ["".join(rng.choice(list("peo")) * int(rng.integers(1, 6)) for _ in range(3)) for _ in range(4)]
-        row |= {"title": " ".join(runs), "line": " ".join(runs) + "\n", "n_train": 1}  # ppp: p pp or pp p
-    pq.write_table(pa.Table.from_pylist(many, schema=table.schema), tmp_path / "catalogue.parquet")
-    counts = train_tokenizer(Layout(tmp_path), vocab_size=512, template=TEMPLATE, corpora=CORPORA).by_reason
-    assert counts["lines that both copies encode alike"] == 2003  # DataError where they do not
+def test_scores_are_multiples_so_that_their_sums_are_exact_in_both_copies(prepared: Path) -> None:
+    pieces = json.loads((prepared / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    model = sentencepiece.SentencePieceProcessor(model_file=str(prepared / "tokenizer" / "tokenizer.model"))
+    scores = [model.get_score(i) for i in range(len(pieces))]
+    assert len(set(scores)) > 50 and all((score * 64).is_integer() for score in scores)
+    assert all((score * 64).is_integer() for _, score in pieces)
