@@ -11,11 +11,13 @@ READER_BIN := $(READER_VENV)/bin
 TRAIN_VENV ?= .venv-bench-train
 TRAIN_BIN := $(TRAIN_VENV)/bin
 KILLS ?= 200
+# of experiments-cpu: a folder of your own; without it the Complete Journey
+DATA ?=
 # make bench-prep ARGS='--events 1e6,1e7,1e8' OUT=docs
 ARGS ?=
 OUT ?=
 
-.PHONY: quickstart test test-cluster lint bench-prep bench-reader bench-train bench-rank soak clean
+.PHONY: quickstart test test-cluster lint bench-prep bench-reader bench-train bench-rank soak experiments-cpu clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart.py --model $(MODEL)
@@ -89,6 +91,10 @@ bench-rank: $(VENV)/.installed
 # Kills training at random moments; about ten minutes on two cores. The same command goes on where it was stopped.
 soak: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.faults.run --kills $(KILLS) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# The paper's claims on a small model, about 35 minutes on two cores; experiments/README.md. The same command goes on.
+experiments-cpu: $(VENV)/.installed
+	$(BIN)/python experiments/run.py --form cpu $(if $(DATA),--data $(DATA)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) $(READER_VENV) $(TRAIN_VENV) work

@@ -172,6 +172,20 @@ def plot_marks(panels: Mapping[str, Sequence[Mark]], out: Path, *,
     _save(fig, out)
 
 
+def plot_curves(panels: Mapping[str, Sequence[tuple[float, float, float, float]]], out: Path, *, x_label: str) -> None:
+    """One panel per title: a value with its interval, points of (x, mean, low, high), over what is counted on x."""
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 2.8), squeeze=False)
+    for ax, (title, points) in zip(axes.flat, panels.items(), strict=True):
+        if points:
+            x, mean, low, high = np.array(sorted(points)).T
+            ax.fill_between(x, low, high, alpha=0.2)
+            ax.plot(x, mean, marker="o", ms=4)
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel(x_label)
+        ax.grid(alpha=0.3)
+    _save(fig, out)
+
+
 def _save(fig: Any, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     fig.tight_layout()

@@ -1,0 +1,235 @@
+"""The experiments: the order of their steps, what is not run again, their clocks, controls and tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import distribution
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from cprec.errors import ConfigError, DataError
+from cprec.eval.run import EvalOptions, evaluate
+from data_prep.config import PrepConfig
+from experiments import sources, text
+from experiments.arms import Answers, Line
+from experiments.claims import Row, Table, tables
+from experiments.compare import outcomes
+from experiments.forms import Source, World, load_form, load_world
+from experiments.report import write_report
+from experiments.steps import DONE, LOG, Step, StepError, in_order, is_done, run_steps, select, share_cores
+from tests.eval.folders import Query, Shop, write_queries
+
+REPO = Path(__file__).parents[2]
+FORMS = ("cpu", "gpu", "tiny")
+WORLDS = ("amazon", "journey")
+CLOCK = (1_000_000_000_000, 1_000_864_000_000)
+
+
+def line(form: str, world: str, work: Path) -> Line:
+    made = Line(form, load_form(form), world, load_world(None, world), "data" if world == "amazon" else None, work)
+    tables(made)
+    return made
+
+
+def says(word: str, book: Path) -> tuple[str, ...]:
+    return ("python", "-c", f"open({str(book)!r}, 'a').write({word!r})")
+
+
+def test_steps_run_after_what_they_need_and_are_not_run_again(tmp_path: Path) -> None:
+    book = tmp_path / "book"
+    steps = [Step("c/1", (says("c", book),), ("b", "a")), Step("b", (says("b", book),), ("a",)),
+             Step("a", (says("a", book), says("A", book))), Step("d", (says("d", book),))]
+    assert [s.name for s in in_order(steps)] == ["a", "b", "c/1", "d"]
+    run_steps(steps, tmp_path / "work", jobs=1)
+    assert book.read_text() == "aAbcd" and all(is_done(s, tmp_path / "work") for s in steps)
+    run_steps(steps, tmp_path / "work", jobs=2)
+    assert book.read_text() == "aAbcd"
+    done = json.loads((tmp_path / "work/c/1" / DONE).read_text())
+    assert done["commands"] == [list(says("c", book))] and done["seconds"] >= 0 and done["commit"]
+
+
+def test_a_step_that_fails_is_named_with_its_words_and_the_next_run_goes_on_there(tmp_path: Path) -> None:
+    book, switch = tmp_path / "book", tmp_path / "switch"
+    fragile = f"import sys, pathlib; pathlib.Path({str(switch)!r}).exists() or sys.exit('no switch is there')"
+    steps = [Step("a", (says("a", book),)), Step("b", (("python", "-c", fragile), says("b", book)), ("a",)),
+             Step("c", (says("c", book),), ("b",))]
+    with pytest.raises(StepError, match=r"(?s)b: exit code 1 of .*no switch is there.*goes on from here"):
+        run_steps(steps, tmp_path / "work")
+    assert book.read_text() == "a" and not (tmp_path / "work/b" / DONE).exists()
+    switch.touch()
+    run_steps(steps, tmp_path / "work")
+    assert book.read_text() == "abc" and "no switch is there" in (tmp_path / "work/b" / LOG).read_text()
+
+
+def test_what_nothing_needs_any_more_is_removed_when_a_step_is_done(tmp_path: Path) -> None:
+    makes = f"import pathlib; [pathlib.Path({str(tmp_path)!r}, 'work/a', n).mkdir() for n in ('large', 'kept')]"
+    run_steps([Step("a", (("python", "-c", makes),), scratch=("large",))], tmp_path / "work")
+    assert (tmp_path / "work/a/kept").is_dir() and not (tmp_path / "work/a/large").exists()
+
+
+def test_a_folder_that_other_commands_made_is_refused(tmp_path: Path) -> None:
+    step = Step("a", (says("a", tmp_path / "book"),))
+    run_steps([step], tmp_path / "work")
+    with pytest.raises(ConfigError, match="was made by other commands"):
+        is_done(replace(step, commands=(says("b", tmp_path / "book"),)), tmp_path / "work")
+
+
+def test_jobs_share_the_cores_and_a_need_that_is_no_step_is_refused() -> None:
+    assert share_cores([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3]] and share_cores([7], 2) == [[7], [7]]
+    with pytest.raises(ConfigError, match="a needs z"):
+        in_order([Step("a", (), ("z",))])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_step_is_estimated_below_ten_minutes_and_every_arm_has_its_steps(form: str, world: str,
+                                                                              tmp_path: Path) -> None:
+    made = line(form, world, tmp_path)
+    ordered = in_order(made.steps.values())
+    place = {s.name: i for i, s in enumerate(ordered)}
+    assert all(place[n] < place[s.name] for s in ordered for n in s.needs)
+    assert max(s.seconds for s in ordered) < 600
+    makes = {str(tmp_path / s.name) for s in ordered}
+    answers = [a for t in tables(made) for r in t.rows for a in r.seeds]
+    assert all(str(Path(f).parent) in makes for a in answers for f in (*a.folders, *filter(None, [a.losses])))
+    labels = [(t, [r.label for r in t.rows]) for t in tables(made)]
+    assert all(set(r.against) < set(names) and len(set(names)) == len(names) for t, names in labels for r in t.rows)
+    assert {t.claim for t in tables(made)} == {1, 2, 3, 4, 5}
+
+
+def test_a_claim_alone_takes_its_own_steps_and_what_they_need(tmp_path: Path) -> None:
+    made = line("gpu", "amazon", tmp_path)
+    steps = select(list(made.steps.values()), [s.name for s in made.steps.values() if 2 in s.claims])
+    names = {s.name for s in steps}
+    assert {"sources", "prepare/main", "prepare/titles", "train/titles-2", "trunk/2", "branch/sqrt-40-2"} <= names
+    assert not any(n.startswith(("tune/", "baseline/", "loss/")) for n in names) and "prepare/disjoint" not in names
+    with pytest.raises(ConfigError, match="no step is called trunk/9; did you mean"):
+        select(steps, ["trunk/9"])
+
+
+def test_a_dry_run_prints_the_commands_that_a_user_would_type_and_writes_nothing(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    command = [sys.executable, "experiments/run.py", "--form", "tiny", "--work", str(work), "--dry-run", "--only",
+               "claim5"]
+    shown = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    assert "python launch/prepare.py --config" in shown and '"replay/learned": 0.05' in shown
+    assert "python launch/anneal.py --from" in shown and "launch/finetune.py" not in shown and not work.exists()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_sources_of_a_world_make_a_whole_preparation_config(world: str, tmp_path: Path) -> None:
+    chosen, data = load_world(None, world), tmp_path / "data"
+    people = [f"u{i:03d}" for i in range(200) for _ in range(10)]
+    for source in {s.file for s in chosen.sources.values()}:
+        for folder in ("interactions", "items"):
+            (data / folder).mkdir(parents=True, exist_ok=True)
+        events = {"user_id": people, "item_id": ["i"] * 2000, "timestamp": list(range(10**9, 10**9 + 2000))}
+        items = {"item_id": ["i", "nobody's"], "title": ["A", "B"]}
+        pq.write_table(pa.table(items), data / "items" / f"{source}.parquet")
+        pq.write_table(pa.table(events), data / "interactions" / f"{source}.parquet")
+    sources.write_sources(chosen, load_form("tiny"), str(data), tmp_path / "out")
+    values = yaml.safe_load((tmp_path / "out/prepare.yaml").read_text())
+    config = PrepConfig.model_validate({"out": "x", "tokenizer": {"train_vocab_size": 2048}, **values})
+    assert config.pack.seq_len == 256 and len(config.domains.pretrain) == 7 and len(config.domains.unseen) >= 4
+    if world == "amazon":
+        few, more = (pq.read_table(d.path) for d in (config.datasets[0], config.datasets[-1]))
+        assert 0 < len(few) < len(more) < 2000 and len(few) % 10 == 0  # whole users
+        assert config.datasets[0].items and pq.read_table(config.datasets[0].items)["title"].to_pylist() == ["A"]
+        assert set(few["user_id"].to_pylist()) < set(more["user_id"].to_pylist())
+
+
+def test_a_data_folder_without_the_files_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    world = World(about="", sources={"a": Source(file="none")}, single="a", few=["a"],
+                  prepare={"domains": {"pretrain": ["a"], "unseen": []}, "split": {"t_valid": 1, "t_test": 2}})
+    with pytest.raises(DataError, match=r"none\.parquet cannot be read.*experiments/README"):
+        sources.write_sources(world, load_form("tiny"), str(tmp_path), tmp_path / "out")
+    with pytest.raises(ConfigError, match="needs --data"):
+        sources.write_sources(world, load_form("tiny"), None, tmp_path / "out")
+
+
+def test_other_years_are_brought_onto_the_clock_in_their_own_order() -> None:
+    ms = np.array([50, 10, 20, 30, 30, 40, 60, 70, 80, 90, 100], dtype=np.int64) * 1_000_000
+    moved = sources.onto_clock(ms, CLOCK)
+    # sorted: 10 20 30 30 40 50 60 70 80 90 100; the 0.8 quantile is 80, the 0.9 quantile 90
+    assert moved[8] == CLOCK[0] and moved[9] == CLOCK[1] and moved[10] == 2 * CLOCK[1] - CLOCK[0]
+    assert (np.argsort(moved, kind="stable") == np.argsort(ms, kind="stable")).all() and moved[3] == moved[4]
+    with pytest.raises(DataError, match="clock: order"):
+        sources.onto_clock(np.full(10, 5, dtype=np.int64), CLOCK)
+
+
+def test_where_only_order_is_known_each_users_last_two_events_are_held_out() -> None:
+    users = np.array(["a", "b", "a", "a", "b", "c"])
+    placed = sources.by_order(users, np.array([1, 1, 3, 2, 2, 9], dtype=np.int64), CLOCK)
+    day = 86_400_000
+    assert placed.tolist() == [CLOCK[0] - day, CLOCK[0], CLOCK[1], CLOCK[0], CLOCK[1], CLOCK[1]]
+
+
+def test_controls_disturb_the_training_events_of_pre_training_domains_only(tmp_path: Path) -> None:
+    prepared = tmp_path / "prepared"
+    rows = [(f"u{u}", domain, f"i{k}", 10 * k + u) for domain in ("toys", "new") for u in range(3) for k in range(6)]
+    for folder in ("interactions", "items"):
+        (prepared / folder).mkdir(parents=True)
+    pq.write_table(pa.table(dict(zip(("user_id", "domain", "item_id", "ts_ms"), zip(*rows, strict=True), strict=True))),
+                   prepared / "interactions/clean.parquet")
+    (prepared / "split.json").write_text('{"t_valid": 40, "t_test": 50}')
+    (prepared / "config.yaml").write_text(yaml.safe_dump({
+        "domains": {"pretrain": ["toys"], "unseen": ["new"]},
+        **{k: {} for k in ("clean", "sequences", "pack", "queries")}, "workers": 1}))
+    found = {}
+    for control in sources.CONTROLS:
+        sources.write_control(prepared, control, tmp_path / control)
+        written = pq.read_table(tmp_path / control / "interactions.parquet").to_pylist()
+        found[control] = [tuple(r.values()) for r in written]
+        learned = [r for r in rows if r[1] == "toys" and r[3] < 40]
+        assert sorted(set(rows) - set(learned)) == sorted(r for r in found[control] if r in set(rows) - set(learned))
+        assert sorted(r[2] for r in found[control]) == sorted(r[2] for r in rows)
+        assert sorted(found[control]) != sorted(rows)
+        values = yaml.safe_load((tmp_path / control / "prepare.yaml").read_text())
+        assert values["split"] == {"t_valid": 40, "t_test": 50}
+    who = [sorted((r[0], r[2]) for r in found[c]) for c in sources.CONTROLS]
+    assert who[0] == sorted((r[0], r[2]) for r in rows) != who[1]  # shuffled: everybody keeps their items
+    when = sorted((r[1], r[2], r[3]) for r in found["titles"])
+    assert when == sorted((r[1], r[2], r[3]) for r in rows)  # titles: every item keeps its time
+
+
+def test_text_is_of_packages_that_say_the_licence_and_a_part_of_it_is_held_out(tmp_path: Path) -> None:
+    text.write_text(tmp_path, n_chars=60_000)
+    parts = {p: pq.read_table(tmp_path / p / "text.parquet")["text"].to_pylist() for p in ("learned", "held_out")}
+    taken = json.loads((tmp_path / "sources.json").read_text())
+    assert sum(len(t) for t in parts["learned"]) == sum(t["chars"] for t in taken.values()) >= 60_000
+    assert not set(parts["learned"]) & set(parts["held_out"]) and parts["held_out"]
+    assert taken["scipy"]["licence"].startswith("BSD") and taken["scipy"]["version"] == distribution("scipy").version
+    with pytest.raises(DataError, match="does not say that its licence is GPL"):
+        text._licence(distribution("scipy"), "GPL")
+
+
+def test_a_table_joins_the_domains_of_several_folders_and_says_what_was_not_run(tmp_path: Path) -> None:
+    people = [Query("a", [1, 2], 0), Query("b", [0], 3), Query("c", [0, 1, 2, 1, 2, 1], 5, is_cold=True)]
+    shops = {"new": Shop(list("abcdef"), people[:2], kind="unseen", n_train=[10, 4, 3, 2, 1, 0]),
+             "rare": Shop(list("abcdef"), people[1:], kind="unseen", n_train=[10, 4, 3, 2, 1, 0])}
+    queries = write_queries(tmp_path / "queries", shops)
+    for domain in shops:
+        evaluate(EvalOptions(queries=str(queries), out=str(tmp_path / domain), baseline="popularity", domains=[domain]))
+    split = Answers((str(tmp_path / "new"), str(tmp_path / "rare")))
+    table = Table("k", 1, "Title", ("new", "rare"), (
+        Row("one", (split,)), Row("same", (split, split), ("one", "gone"), tokens=7),
+        Row("gone", (Answers((str(tmp_path / "nowhere"),)),))))
+    found, = outcomes([table])
+    assert found.missing == ("gone",) and [r.label for r in found.results] == ["one", "same"]
+    # popularity ranks a 1, b 3 in new, b 3, c 3 in rare: NDCG 1, 1/2 and 1/2, 1/2
+    assert found.results[0].numbers["NDCG@10"].mean == pytest.approx((0.75 + 0.5) / 2)
+    assert found.results[0].n_queries == 4 and "NLL" not in found.results[0].numbers
+    assert [(g.metric, g.mean, g.p, g.verdict) for g in found.gaps] == [
+        ("NDCG@10", 0, 1, "no difference shown"), ("HR@10", 0, 1, "no difference shown")]
+    write_report([found], line("tiny", "journey", tmp_path / "work"), tmp_path / "report")
+    shown = (tmp_path / "report/report.md").read_text()
+    assert "| same | 2 | 7 | 0.6250" in shown and "Not run: gone." in shown and (tmp_path / "report/k.png").is_file()
+    assert json.loads((tmp_path / "report/k.json").read_text())["results"][0]["numbers"]["HR@10"]["mean"] == 1
