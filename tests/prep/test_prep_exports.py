@@ -98,7 +98,7 @@ def test_an_id_that_atomic_files_cannot_hold_is_named_and_a_title_that_they_cann
     with caplog.at_level("INFO"):
         write_recbole(engine, layout, **given)
     assert ' Quoted" robot\n' in (layout.out / "recbole/toys/toys.item").read_text()
-    assert "a leading quote of 1 title became a space" in caplog.text
+    assert "tabs, line ends or a leading quote of 1 title became spaces" in caplog.text
     events = pq.read_table(layout.interactions).to_pylist()
     next(e for e in events if e["domain"] == "toys" and e["ts_ms"] >= given["split"].t_test)["user_id"] = "a\tb"
     write_parquet([pa.RecordBatch.from_pylist(events, schema=CLEAN_INTERACTIONS)], layout.interactions,
@@ -123,7 +123,7 @@ def test_the_card_lists_every_corpus_and_is_left_alone_when_nothing_changed(
 
 @pytest.mark.parametrize("name", ["mixed", "specific/toys"])
 def test_load_dataset_opens_a_shard_and_by_the_card_a_corpus(prepared: Path, name: str, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed (extra bench)")
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed (extra dev)")
     corpus = PackedCorpus(prepared / "packed" / name)
     shard = corpus.manifest.shards[0]
     rows = datasets.load_dataset("arrow", data_files=str(prepared / "packed" / name / shard.file), split="train",
