@@ -363,13 +363,13 @@ def test_filters_change_candidates_and_drop_targets_that_they_take_away(options:
         assert make_report({name: tmp_path / name}).rows[0].n_queries == {"include": 5, "warm": 4}[name]
 
 
-def test_a_model_that_caps_its_scores_is_refused(options: EvalOptions, tmp_path: Path) -> None:
-    capped = tmp_path / "capped"
-    shutil.copytree(str(options.model), capped)
-    config = json.loads((capped / "config.json").read_text())
-    (capped / "config.json").write_text(json.dumps({**config, "attn_logit_softcapping": 50.0}))
-    with pytest.raises(ConfigError, match=r"attn_logit_softcapping=50\.0"):
-        evaluate(replace(options, model=str(capped)))
+def test_a_model_that_scales_its_logits_is_refused(options: EvalOptions, tmp_path: Path) -> None:
+    scaled = tmp_path / "scaled"
+    shutil.copytree(str(options.model), scaled)
+    config = json.loads((scaled / "config.json").read_text())
+    (scaled / "config.json").write_text(json.dumps({**config, "logit_scale": 0.5}))
+    with pytest.raises(ConfigError, match=r"scales its logits \(logit_scale=0\.5\)"):
+        evaluate(replace(options, model=str(scaled)))
 
 
 @pytest.mark.parametrize(("change", "named"), [
