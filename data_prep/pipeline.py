@@ -26,7 +26,7 @@ from cprec.settings import dump_settings
 from cprec.template import Template
 from cprec.tokenizer import TRAINED
 from data_prep.audit import audit
-from data_prep.card import write_card
+from data_prep.card import CARD, write_card
 from data_prep.clean import clean, k_core
 from data_prep.config import PrepConfig
 from data_prep.disk import name_a_full_disk
@@ -147,7 +147,8 @@ class Preparation:
                   {"tokenizer": {"path": c.tokenizer.path, "exact": c.tokenizer.exact}, "layout": SEGMENTS_VERSION},
                   self._encode, lambda: [at.segments, at.segments_info]),
             Stage("pack", ("encode",), {"pack": c.pack.model_dump(mode="json")},
-                  self._pack, lambda: sorted(p for p in at.packed.rglob("*") if p.is_file()), (at.packed,)),
+                  self._pack, lambda: sorted(p for p in at.packed.rglob("*") if p.is_file() and p.name != CARD),
+                  (at.packed,)),
             Stage("queries", ("sequences",), {"queries": c.queries.model_dump(mode="json")},
                   self._queries, lambda: sorted(at.queries.iterdir()), (at.queries,)),
             Stage("audit", ("pack",), {}, self._audit, lambda: [at.audit]),
