@@ -75,6 +75,18 @@ class Cluster:
 
         wait_for(is_there, f"{n} steps of start {start} of job {job}", self.log(job))
 
+    def preempt(self, job: str, config: str) -> None:
+        """Have a more urgent job take the nodes of a job away; it stands still until SLURM has told it so."""
+        ranks = self.slurm.hosts.processes("n2", of=config)
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        self.slurm.command("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
+                           "--wrap=true")
+        wait_for(lambda: self.slurm.field(job, "PreemptTime") not in ("", "None"), f"job {job} to be preempted",
+                 self.log(job))
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
+
     def restarts(self, job: str) -> int:
         return int(self.slurm.field(job, "Restarts"))
 
@@ -141,8 +153,7 @@ def test_a_job_told_to_end_saves_comes_back_by_itself_and_has_the_losses_of_an_u
     cluster.until_steps(job, 3, start=2)
     cluster.slurm.command("scontrol", "requeue", job)
     cluster.until_steps(job, 3, start=3)
-    cluster.slurm.command("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
-                          "--wrap=true")  # it takes the nodes away
+    cluster.preempt(job, config)
     cluster.finish(job)
     said = cluster.log(job).read_text()  # one for all starts
     assert cluster.restarts(job) == 3 and said.count("asked to stop: saved step") == 6  # each time, by both ranks
