@@ -128,7 +128,6 @@ METRICS: dict[str, Metric] = {
 the ten best items (Yin et al., 2012). valid: share of generated texts that are lines of the catalogue; 1 for ranks."""
 TABLE_METRICS = ("HR@10", "NDCG@10", "MRR", "NLL")
 """The columns of a report; the others are in its JSON, and in its second table."""
-BEHAVIOUR_METRICS = ("HR@1", "HR@50", "AUC", "bits/byte", "ARP@10", "valid")
 LOWER_IS_BETTER = ("NLL", "bits/byte")
 
 

@@ -92,7 +92,7 @@ def evaluate(options: EvalOptions) -> EvalManifest:
     """
     queries = read_queries_manifest(options.queries)
     raise_all(_problems(options, queries), of="ranking")
-    model_folder = _local_folder(options.model) if options.model is not None else None
+    model_folder = local_folder(options.model) if options.model is not None else None
     inputs = _inputs(options, queries, model_folder)
     out = Path(options.out)
     _refuse_other_inputs(out, inputs)
@@ -159,7 +159,7 @@ def _contradictions(options: EvalOptions) -> Iterator[str]:
         yield f"seed={options.seed}: only of a baseline that is trained ({', '.join(TRAINED)})"
 
 
-def _local_folder(model: str) -> Path:
+def local_folder(model: str) -> Path:
     """The model's folder; a hub name is fetched once."""
     if Path(model).is_dir():
         return Path(model)

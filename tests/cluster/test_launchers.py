@@ -91,7 +91,7 @@ def test_torchrun_trains_like_deepspeed(world: dict[str, Any], losses_of_deepspe
 @pytest.mark.skipif(MPICH is None, reason="no MPICH: pip install mpich")
 def test_mpirun_of_mpich_trains_like_deepspeed(world: dict[str, Any], losses_of_deepspeed: list[float],
                                                tmp_path: Path) -> None:
-    pytest.importorskip("mpi4py")
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install 'cprec[mpi]'")
     said = start([str(MPICH), "-n", "2", sys.executable], world, tmp_path)
     assert "started by mpirun: rank 0 of 2" in said
     assert losses(tmp_path / "run") == losses_of_deepspeed
@@ -100,7 +100,7 @@ def test_mpirun_of_mpich_trains_like_deepspeed(world: dict[str, Any], losses_of_
 @needs_open_mpi
 def test_mpirun_of_open_mpi_trains_like_deepspeed(world: dict[str, Any], losses_of_deepspeed: list[float],
                                                   tmp_path: Path) -> None:
-    pytest.importorskip("mpi4py")
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install 'cprec[mpi]'")
     said = start([str(OPEN_MPI), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable], world, tmp_path,
                  MPI4PY_MPIABI="openmpi")
     assert "started by mpirun: rank 0 of 2" in said
@@ -128,7 +128,7 @@ def test_deepspeed_reaches_two_hosts_of_a_hostfile_over_ssh(world: dict[str, Any
 @needs_open_mpi
 def test_deepspeed_reaches_two_hosts_over_open_mpi(world: dict[str, Any], losses_of_deepspeed: list[float],
                                                    two_hosts: Hosts, tmp_path: Path) -> None:
-    pytest.importorskip("mpi4py")
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install 'cprec[mpi]'")
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("n1 slots=1\nn2 slots=1\n")
     command = two_hosts.on("n1", str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--launcher", "openmpi",

@@ -38,7 +38,7 @@ FLOORS = [
     "cprec.report.markup",
     "cprec.cluster.preflight cprec.train.saving cprec.train.inventory cprec.eval.rankers cprec.eval.report "
     "cprec.report.charts",
-    "cprec.train.loop cprec.train.steps cprec.train.branch cprec.train.family "
+    "cprec.train.loop cprec.train.steps cprec.train.branch cprec.train.family cprec.eval.memory_probe "
     "cprec.train.export cprec.train.average data_prep.ingest data_prep.audit",
     "cprec.eval.run cprec.train.sweep cprec.compare data_prep.pipeline data_prep.look",
     "cprec.report.page data_prep.estimate",

@@ -246,7 +246,7 @@ def test_tokens_that_the_model_lacks_get_mean_embeddings_and_change_nothing_else
 
 
 def test_ranks_that_partition_while_they_load_hold_the_same_enlarged_model_in_halves(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     tiny.write_model(tmp_path / "model")
     expected = load(tmp_path / "model", vocab_size=261)
     ranks = [subprocess.Popen(

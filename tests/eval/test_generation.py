@@ -61,7 +61,7 @@ def test_a_target_that_is_not_listed_has_an_infinite_rank_and_ties_share_their_m
 
 
 def test_open_text_is_grounded_to_the_same_line_or_the_nearest_candidate(tmp_path: Path) -> None:
-    pytest.importorskip("rapidfuzz")
+    pytest.importorskip("rapidfuzz", reason="rapidfuzz is not installed: pip install 'cprec[open]'")
     tokenizer = load_tokenizer(str(write_tokenizer(tmp_path)))
     model = random_model(vocab_size=TOKENIZER_VOCAB, attention="sdpa", dtype=torch.float32)
     goods = shop(["Milk", "Bread", "milk", "Oat milk"])

