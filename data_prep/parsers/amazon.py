@@ -1,8 +1,9 @@
 """Parser of Amazon Reviews 2014, 2018 and 2023: reviews, ratings-only CSV, the 2023 benchmark's CSV; and metadata.
 
 reads: `path` (reviews as JSON lines, or CSV) and `items` (metadata as JSON lines or, 2014, Python literals), each a
-file, folder or glob; of several files at `path` those called `meta_*` are left to `items`. user = reviewerID or
-user_id, item = parent_asin or else asin, brand = brand or store, category = the category path or main_category.
+file, folder or glob; of several files at `path` those called `meta_*` are left to `items`, which of several takes only
+these where there are any. user = reviewerID or user_id, item = parent_asin or else asin, brand = brand or store,
+category = the category path or main_category.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import re
 from collections import Counter
 from pathlib import PurePosixPath
+from typing import Any
 
 from cprec.errors import ConfigError, DataError
 from cprec.log import get_logger
@@ -28,6 +30,8 @@ LAYOUTS = {"user_item": ("user_id", "item_id", "rating", "timestamp"),
            "item_user": ("item_id", "user_id", "rating", "timestamp")}
 ITEM_ID = re.compile(r"B[0-9A-Z]{9}|[0-9]{9}[0-9X]")
 """An ASIN: B and nine more, or an ISBN-10. No user's id is like that."""
+REVIEWERS = ("user_id", "reviewerID")
+"""Who wrote a review; metadata know nobody."""
 
 
 def inputs(dataset: Dataset) -> Inputs:
@@ -38,9 +42,11 @@ def inputs(dataset: Dataset) -> Inputs:
     if dataset.domain is None:
         raise DataError(f"dataset {dataset.path}: set `domain`, the shop's name")
     found = find(dataset.path, JSON + DELIMITED)
-    reviews = [s for s in found if not PurePosixPath(s.place).name.startswith("meta_")] if len(found) > 1 else found
+    reviews = [s for s in found if not _is_called_meta(s)] if len(found) > 1 else found
+    titled = find(dataset.items, JSON)
     return Inputs(events=tuple(Input(s, _events_reader(s, dataset)) for s in reviews),
-                  items=tuple(Input(s, _items_reader(s, dataset)) for s in find(dataset.items, JSON)))
+                  items=tuple(Input(s, _items_reader(s, dataset))
+                              for s in [s for s in titled if _is_called_meta(s)] or titled))
 
 
 def parse(dataset: Dataset, events: Table, items: Table, counts: Counts) -> tuple[Table, Table]:
@@ -50,8 +56,12 @@ def parse(dataset: Dataset, events: Table, items: Table, counts: Counts) -> tupl
             map_items(items, domain=dataset.domain))
 
 
+def _is_called_meta(source: Source) -> bool:
+    return PurePosixPath(source.place).name.startswith("meta_")
+
+
 def _events_reader(source: Source, dataset: Dataset) -> Reader:
-    fields = event_fields(dataset.columns, user_id=("user_id", "reviewerID"), item_id=("parent_asin", "asin"),
+    fields = event_fields(dataset.columns, user_id=REVIEWERS, item_id=("parent_asin", "asin"),
                           timestamp=("timestamp", "unixReviewTime", "sort_timestamp"), rating=("rating", "overall"))
     if source.suffix not in DELIMITED:
         _refuse_layout(source, dataset, "JSON lines, which name their fields")
@@ -97,11 +107,21 @@ def _items_reader(source: Source, dataset: Dataset) -> Reader:
     for line in lines:
         for kind, parse_line in (("json", json.loads), ("python", ast.literal_eval)):
             try:
-                if isinstance(parse_line(line.decode()), dict):
-                    return Reader(kind=kind, fields=fields)
+                value = parse_line(line.decode())
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 continue
+            if isinstance(value, dict):
+                _refuse_reviews(source, value)
+                return Reader(kind=kind, fields=fields)
     raise DataError(f"{source.label} holds neither JSON lines nor Python literals; give Amazon's metadata as `items`")
+
+
+def _refuse_reviews(source: Source, first: dict[str, Any]) -> None:
+    """Raise DataError for a file whose `first` line is a review's: its title is no item's."""
+    shown = next((name for name in REVIEWERS if name in first), None)
+    if shown is not None:
+        raise DataError(f"{source.label}, given as `items`, holds reviews: its first line has a {shown!r}; name the "
+                        f"metadata's files there, by a glob such as meta_*")
 
 
 def _is_number(text: str) -> bool:

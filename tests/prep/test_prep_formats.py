@@ -64,6 +64,20 @@ def test_amazon_reviews_and_metadata_of_each_year(
         assert (events_of(found[0]), items_of(found[1])) == (events, items)
 
 
+@pytest.mark.parametrize("where", ["", "*.jsonl"])
+def test_reviews_and_metadata_may_lie_in_one_folder_named_for_both(tmp_path: Path, where: str) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "r.jsonl").write_text(json_lines(REVIEWS_2023))  # a review has a title too
+    (raw / "meta_r.jsonl").write_text(json_lines(META_2023))
+    values = {"parser": "amazon", "domain": "d", "path": str(raw / where)}
+    events, items = parse(tmp_path, **values, items=str(raw / where))
+    assert events.num_rows == 2
+    assert [title for _, _, title, _, _ in items_of(items)] == ["Howard LC0008", "Yes"]
+    with pytest.raises(DataError, match=r"r\.jsonl, given as `items`, holds reviews: its first line has a 'user_id'"):
+        parse(tmp_path, **values, items=str(raw / "r.jsonl"))
+
+
 CSV_2014 = "A1B2C3D4E5F6G,0000031852,4.0,1252800000\nA3B2C3D4E5F6G,B000000001,5.0,1252886400\n"
 CSV_2018 = "0000031852,A1B2C3D4E5F6G,4.0,1252800000\nB000000001,A3B2C3D4E5F6G,5.0,1252886400\n"
 CSV_2023 = "user_id,parent_asin,rating,timestamp,history\nA1B2C3D4E5F6G,0000031852,4.0,1252800000000,\n" \
