@@ -1,6 +1,6 @@
 """A source's table in the one schema: columns under our names, time in milliseconds.
 
-reads: nothing but the largest time stamp of a column. writes: nothing; tables stay lazy.
+reads: the columns that hold numbers, once, for what is in them. writes: nothing; tables stay lazy.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def _as_kind(column: Any, field: Field, *, source: str) -> Any:
     if kind.is_nested() or kind.is_binary():
         wanted = "a number or time" if field.kind == "number" else "text"
         raise _unreadable(column, wanted, source=source)
-    return column if field.kind == "number" else _name(column).nullif("")
+    if field.kind == "number":
+        return column.nullif("") if kind.is_string() else column
+    return _name(column).nullif("")
 
 
 def _path(column: Any, *, source: str) -> Any:
@@ -87,10 +89,17 @@ def _unreadable(column: Any, wanted: str, *, source: str) -> DataError:
 
 
 def map_interactions(events: Table, *, unit: str, source: str, domain: str | None, counts: Counts) -> Table:
-    """Events with our names (`event_fields`) in the one schema; without a `domain` it is their column's."""
+    """Events with our names (`event_fields`) in the one schema; without a `domain` it is their column's.
+
+    Times and ratings that are no finite number become null and are counted.
+    """
+    met = _met(events)
+    if met["n_lost"]:
+        counts.add(f"{source}: values that are no number, taken as missing", met["n_lost"])
     return events.select(
         user_id=events.user_id, domain=ibis.literal(domain) if domain is not None else events.domain,
-        item_id=events.item_id, ts_ms=_milliseconds(events.timestamp, unit=unit, source=source, counts=counts),
+        item_id=events.item_id,
+        ts_ms=_milliseconds(events.timestamp, unit=unit, source=source, met=met, counts=counts),
         rating=_rating(events.rating))
 
 
@@ -140,17 +149,36 @@ S_FROM = 10**8
 YEAR_2200 = 7_258_118_400_000
 
 
-def _milliseconds(column: Any, *, unit: str, source: str, counts: Counts) -> Any:
+def _met(events: Table) -> dict[str, int]:
+    """What one pass over the times and ratings finds: `n_lost` values that are there but no finite number; and, of time
+    stamps that are numbers, how many are finite (`n_stamps`), the `largest` (none: null) and `n_seconds`, those from
+    `S_FROM` to `MS_FROM`."""
+    numbers = {name: _number(events[name]) for name in ("timestamp", "rating")
+               if not events[name].type().is_timestamp()}
+    lost = {f"lost_{name}": _n_where(events[name].notnull() & ~_is_finite(number)) for name, number in numbers.items()}
+    asked = dict(lost)
+    if "timestamp" in numbers:
+        stamp = numbers["timestamp"]
+        asked |= {"n_stamps": _n_where(_is_finite(stamp)), "largest": stamp.try_cast("int64").max(),
+                  "n_seconds": _n_where((stamp >= S_FROM) & (stamp < MS_FROM))}
+    met: dict[str, int] = events.agg(**asked).to_pyarrow().to_pylist()[0] if asked else {}
+    return met | {"n_lost": sum(met[name] or 0 for name in lost)}
+
+
+def _n_where(condition: Any) -> Any:
+    return condition.cast("int64").sum()
+
+
+def _milliseconds(column: Any, *, unit: str, source: str, met: dict[str, int], counts: Counts) -> Any:
     """The column as int64 milliseconds, null where it is no finite number.
 
-    `auto` decides by the largest finite value; where that is in milliseconds, a value from `S_FROM` to `MS_FROM` is
-    seconds all the same, and counted.
+    `auto` decides by the largest finite value (`met`: see `_met`); where that is in milliseconds, a value from `S_FROM`
+    to `MS_FROM` is seconds all the same. What is read as milliseconds, and what as seconds among them, is counted.
     """
     if column.type().is_timestamp():
         # an engine may round the half second up: the whole seconds are taken first
         return column.truncate("s").epoch_seconds().cast("int64") * 1000 + column.millisecond().cast("int64")
-    number = _number(column)
-    largest = number.try_cast("int64").max().to_pyarrow().as_py()  # of the finite ones
+    number, largest = _number(column), met["largest"]
     if largest is None:
         raise DataError(f"{source}: column {column.get_name()!r} ({column.type()}) holds no number; time stamps are "
                         f"seconds or milliseconds since 1970, or a timestamp column: convert it")
@@ -160,9 +188,13 @@ def _milliseconds(column: Any, *, unit: str, source: str, counts: Counts) -> Any
     if largest * (1000 if unit == "s" else 1) >= YEAR_2200:
         raise DataError(f"{source}: column {column.get_name()!r} read in {unit} goes to {largest}, beyond the year "
                         f"2200; set columns.timestamp_unit to its unit (s or ms), or convert it")
-    is_seconds = (number >= S_FROM) & (number < MS_FROM)
-    n_seconds = is_seconds.cast("int64").sum().to_pyarrow().as_py() if may_be_mixed else 0
-    if n_seconds:
-        counts.add(f"{source}: time stamps in seconds among milliseconds, read as seconds", int(n_seconds))
-    ms = ibis.ifelse(is_seconds, number * 1000, number) if n_seconds else number * (1000 if unit == "s" else 1)
+    if unit == "s":
+        ms = number * 1000
+    else:
+        n_seconds = met["n_seconds"] if may_be_mixed else 0
+        counts.add(f"{source}: time stamps read as milliseconds", met["n_stamps"] - n_seconds)
+        if n_seconds:
+            counts.add(f"{source}: time stamps in seconds among milliseconds, read as seconds", n_seconds)
+        is_seconds = (number >= S_FROM) & (number < MS_FROM)
+        ms = ibis.ifelse(is_seconds, number * 1000, number) if n_seconds else number
     return ibis.ifelse(_is_finite(ms), ms, ibis.null("float64")).round().cast("int64")

@@ -228,18 +228,22 @@ def test_tabular_refuses_parquet_among_text_and_files_of_no_known_kind(tmp_path:
         parse(tmp_path, parser="tabular", domain="d", path=str(folder / "a.xlsx"), items=str(folder / "a.xlsx"))
 
 
-@pytest.mark.parametrize(("unit", "n_mixed", "ts_ms"), [
-    ("auto", 2, [5, 1_500_000_000_000, 1_500_000_001_000, 1_500_000_002_000]),
-    ("ms", None, [5, 1_500_000_001, 1_500_000_002, 1_500_000_000_000]),  # the config is believed
+@pytest.mark.parametrize(("stamps", "unit", "n_ms", "n_mixed", "ts_ms"), [
+    ([1_500_000_000_000, 5, 1_500_000_001, 1_500_000_002], "auto", 2, 2,
+     [5, 1_500_000_000_000, 1_500_000_001_000, 1_500_000_002_000]),
+    ([1_500_000_000_000, 5, 1_500_000_001, 1_500_000_002], "ms", 4, None,  # the config is believed
+     [5, 1_500_000_001, 1_500_000_002, 1_500_000_000_000]),
+    ([1_500_000_001, 5], "auto", None, None, [5000, 1_500_000_001_000]),
 ])
-def test_seconds_among_milliseconds_are_read_as_seconds_and_counted(
-        tmp_path: Path, unit: str, n_mixed: int | None, ts_ms: list[int]) -> None:
-    stamps = [1_500_000_000_000, 5, 1_500_000_001, 1_500_000_002]
+def test_milliseconds_and_seconds_among_them_are_read_as_such_and_counted(
+        tmp_path: Path, stamps: list[int], unit: str, n_ms: int | None, n_mixed: int | None,
+        ts_ms: list[int]) -> None:
     (tmp_path / "e.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"u,x,{t}\n" for t in stamps))
     (tmp_path / "i.csv").write_text("item_id,title\nx,X\n")
     events, _, counts = ingested(tmp_path, parser="tabular", domain="d", path=str(tmp_path / "e.csv"),
                                  items=str(tmp_path / "i.csv"), columns={"timestamp_unit": unit})
     assert sorted(events["ts_ms"].to_pylist()) == ts_ms
+    assert counts.get(f"{tmp_path}/e.csv: time stamps read as milliseconds") == n_ms
     assert counts.get(f"{tmp_path}/e.csv: time stamps in seconds among milliseconds, read as seconds") == n_mixed
 
 

@@ -20,15 +20,21 @@ from data_prep.sources import Reader
 
 def mapped(folder: Path, column: str, values: pa.Array) -> list[Any]:
     """What the schema's column of that meaning holds, where the source's column holds `values`."""
+    return mapped_and_counted(folder, column, values)[0]
+
+
+def mapped_and_counted(folder: Path, column: str, values: pa.Array) -> tuple[list[Any], dict[str, int]]:
+    """The same, with the counts."""
     n = len(values)
     source = {"user_id": ["u"] * n, "item_id": ["i"] * n, "timestamp": [5] * n, "rating": [1.0] * n} | {column: values}
     pq.write_table(pa.table(source), folder / "source.parquet")
     engine = shops.engine(folder)
     reader = Reader(kind="parquet", fields=event_fields(Columns()))
     events = chosen(engine.read(folder / "source.parquet"), reader, source="source")
-    rows = engine.rows(map_interactions(events, unit="ms", source="source", domain="books", counts=Counts("ingest")))
+    counts = Counts("ingest")
+    rows = engine.rows(map_interactions(events, unit="ms", source="source", domain="books", counts=counts))
     engine.close()
-    return [row["ts_ms" if column == "timestamp" else column] for row in rows]
+    return [row["ts_ms" if column == "timestamp" else column] for row in rows], counts.by_reason
 
 
 def test_the_fraction_of_a_second_is_kept_and_never_rounded_up_to_a_whole_one(tmp_path: Path) -> None:
@@ -49,6 +55,19 @@ def test_a_rating_is_a_finite_number_or_missing_and_there_is_one_zero(tmp_path: 
     assert mapped(tmp_path, "rating", pa.array(texts)) == expected
     assert str(mapped(tmp_path, "rating", pa.array([-0.0]))) == "[0.0]"
     assert mapped(tmp_path, "rating", pa.array([float("nan"), float("-inf"), 2.5])) == [None, None, 2.5]
+
+
+@pytest.mark.parametrize(("column", "values", "n_lost"), [
+    ("timestamp", pa.array(["5", "soon", None, "1_0", "7"]), 2),
+    ("timestamp", pa.array([5.0, float("nan"), None, float("inf")]), 2),
+    ("rating", pa.array(["4.5", "good", "", None, "nan"]), 2),  # an empty text is no value, as in text files
+    ("rating", pa.array([1.0, None]), None),
+    ("timestamp", pa.array([datetime(1970, 1, 1, 0, 0, 1), None]), None),
+])
+def test_values_of_parquet_that_are_no_number_are_counted(
+        tmp_path: Path, column: str, values: pa.Array, n_lost: int | None) -> None:
+    _, counts = mapped_and_counted(tmp_path, column, values)
+    assert counts.get("source: values that are no number, taken as missing") == n_lost
 
 
 def test_whole_numbers_are_ids_whatever_their_type(tmp_path: Path) -> None:
