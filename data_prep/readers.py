@@ -35,6 +35,9 @@ HOPELESS_FROM = 1000
 """Lines after which a file is given up that is mostly malformed so far; it is another format than the config says."""
 LINE_LIMIT = 1 << 28
 """A longer line is no line."""
+MOST_INNER_LINES = 20
+"""A quoted value with more lines that could be rows (they have the delimiters of one) has swallowed them: its quote is
+not closed."""
 SEPARATOR = "\x1f"
 """Stands for a delimiter of two characters, which pyarrow does not know."""
 
@@ -71,6 +74,11 @@ class Tally:
         self.n_repaired += other.n_repaired
         self.n_not_numbers += other.n_not_numbers
 
+    def add_swallowed(self, n: int) -> None:
+        """Count lines that a malformed row has swallowed by a quote that is not closed: lost, so malformed."""
+        self.n_lines += n
+        self.n_malformed += n
+
     def set_aside(self, line: int, text: str, why: str) -> None:
         """Count a malformed line; the first few are kept."""
         self.n_malformed += 1
@@ -94,7 +102,9 @@ def read_tables(file: Any, reader: Reader, *, label: str, tally: Tally) -> Itera
         try:
             table = next(tables, None)
         except pa.ArrowInvalid as e:
-            raise DataError(f"{label}: not readable as {reader.kind} text: {e}; correct the file") from None
+            hint = (f": after {tally.n_lines:,} lines a row of more than {PIECE:,} bytes; is a quote not closed?"
+                    if "straddling" in str(e) else "")
+            raise DataError(f"{label}: not readable as {reader.kind} text: {e}{hint}; correct the file") from None
         except UnicodeDecodeError as e:
             raise DataError(f"{label} is no {reader.encoding} text: {e}; set the dataset's `encoding`") from None
         except OSError as e:
@@ -129,16 +139,18 @@ def _delimited(file: Any, reader: Reader, label: str, tally: Tally) -> Iterator[
     if not head:
         return
 
+    refused: list[int] = []  # numbers of rows from 1, told ahead of their batches
+
     def set_aside(row: pa.csv.InvalidRow) -> str:
+        refused.append(row.number)
         tally.n_lines += 1
         tally.set_aside(first_row + row.number, row.text, f"{row.actual_columns} columns, not {row.expected_columns}")
-        swallowed = row.text.count("\n")  # by a quote that is not closed: lines lost are lines counted
-        tally.n_lines += swallowed
-        tally.n_malformed += swallowed
+        tally.add_swallowed(row.text.count("\n"))
         return "skip"
 
     two = reader.delimiter if len(reader.delimiter) > 1 else ""
-    wanted = [name for f in reader.fields for name in f.of if name in names]
+    wanted = list(dict.fromkeys(name for f in reader.fields for name in f.of if name in names))
+    looked_at = names if reader.quote else wanted  # an open quote may be in any column
     text = _Joined(head, file, two)
     batches = pyarrow.csv.open_csv(
         pa.PythonFile(text, mode="r"),
@@ -149,12 +161,51 @@ def _delimited(file: Any, reader: Reader, label: str, tally: Tally) -> Iterator[
             newlines_in_values=reader.quote is not None, invalid_row_handler=set_aside),
         # as bytes: one that is no text must not cost its whole block
         convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(wanted, pa.binary()), include_columns=list(dict.fromkeys(wanted)),
+            column_types=dict.fromkeys(looked_at, pa.binary()), include_columns=looked_at,
             strings_can_be_null=True, null_values=[""], quoted_strings_can_be_null=True))
+    n_before = 0  # rows of earlier batches
     for batch in batches:
         tally.n_lines += batch.num_rows
+        swallowing = _swallowing(batch, reader.delimiter) if reader.quote else {}
+        for place, (value, n_swallowed) in swallowing.items():
+            number = first_row + _number_of(n_before + place, refused)
+            tally.set_aside(number, value, f"a quoted value of {n_swallowed + 1:,} lines: is its quote closed?")
+            tally.add_swallowed(n_swallowed)
+        n_before += batch.num_rows
+        if swallowing:
+            batch = batch.filter(pa.array(np.isin(np.arange(batch.num_rows), list(swallowing), invert=True)))
         yield _with_our_names(reader, {n: batch[n] for n in wanted}, tally)
     tally.n_inner_lines = text.n_lines - tally.n_lines
+
+
+def _swallowing(batch: pa.RecordBatch, delimiter: str) -> dict[int, tuple[str, int]]:
+    """Rows (places in the batch, which has all columns) with a value that has swallowed others: the value, and how many
+    lines begin in it."""
+    found: dict[int, tuple[str, int]] = {}
+    for column in batch.columns:
+        data = column.buffers()[2]
+        if data is None or not (np.frombuffer(data, np.uint8) == ord("\n")).any():
+            continue
+        n_inner = pc.fill_null(pc.count_substring(column, "\n"), 0).to_numpy(zero_copy_only=False)
+        for place in np.flatnonzero(n_inner > MOST_INNER_LINES).tolist():
+            value = column[place].as_py()
+            inner = value.split(b"\n")[1:]
+            if sum(line.count(delimiter.encode()) >= batch.num_columns - 1 for line in inner) > MOST_INNER_LINES:
+                found[place] = (value.decode(errors="replace"), len(inner))
+    return found
+
+
+def _number_of(place: int, refused: Sequence[int]) -> int:
+    """The number, from 1, of the row that is `place` (from 0) among those not `refused` (numbers, ascending).
+
+    _number_of(2, [1, 4]) = 5: of the rows 1 to 5, 2, 3 and 5 are read.
+    """
+    number = place + 1
+    for other in refused:
+        if other > number:
+            break
+        number += 1
+    return number
 
 
 def _header(line: bytes, reader: Reader) -> list[str]:

@@ -187,6 +187,27 @@ def test_lines_that_an_open_quote_swallows_are_counted_each(tmp_path: Path) -> N
     assert counts.by_reason["b.csv: lines inside quoted values, or blank"] == 9
 
 
+@pytest.mark.parametrize("column", ["t", "note"])  # one that is read, and one that is not
+def test_rows_inside_a_quoted_value_stop_a_run_that_names_where_they_begin(tmp_path: Path, column: str) -> None:
+    opened = {"t": 'u,x,"5,\n', "note": 'u,x,5,"note\n'}[column]
+    closed = {"t": 'u,x,5",\n', "note": 'u,x,5,"\n'}[column]
+    (tmp_path / "a.csv").write_text("user,item,t,note\nu,x\n" + "u,x,5,\n" * 40_000 + opened + "u,x,5,\n" * 50 + closed
+                                    + "u,x,5,\n" * 9 + "u,x\n")
+    rows, stamp = staged(tmp_path, tmp_path / "a.csv", CSV)
+    assert len(rows) == 40_009 and (stamp.n_lines, stamp.n_malformed, stamp.n_inner_lines) == (40_063, 54, 0)
+    assert sorted(m.line for m in stamp.first_malformed) == [2, 40_003, 40_013]  # rows are numbered, not lines
+    with pytest.raises(DataError, match=r"a\.csv: 54 of 40,063 lines.*malformed") as e:
+        count_staged([stamp], Counts("ingest"), max_malformed=0.001)
+    assert "line 40003: " in str(e.value) and "a quoted value of 52 lines: is its quote closed?" in str(e.value)
+
+
+def test_long_texts_of_many_lines_are_values_like_any_other(tmp_path: Path) -> None:
+    text = "It fits, it is light.\n" * 60
+    (tmp_path / "a.csv").write_text(f'user,item,t,note\nu,x,5,"{text}"\nu,"{text}",5,\n')
+    rows, stamp = staged(tmp_path, tmp_path / "a.csv", CSV)
+    assert [r["item_id"] for r in rows] == ["x", text] and (stamp.n_malformed, stamp.n_inner_lines) == (0, 120)
+
+
 def test_a_delimiter_of_two_characters_and_text_that_is_latin_1(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Reader(kind="delimited", fields=FIELDS[:2], delimiter="::", names=("item", "user", "genres"),
