@@ -23,6 +23,7 @@ TEXT = "text"
 TEXTS = pa.schema([(TEXT, pa.string())])
 TEXTS_PER_GROUP = 4096
 """Row groups are what packing reads at a time, and texts can be long."""
+CHANGED = "documents changed: line ends, control characters, a byte order mark or white space around"
 _UNWANTED = dict.fromkeys((*range(0x09), 0x0B, *range(0x0E, 0x20), *range(0x7F, 0x85), *range(0x86, 0xA0)))
 
 
@@ -58,15 +59,18 @@ def write_texts(path: Path, files: Sequence[tuple[Path, str]], *, counts: Counts
 def replay_texts(files: Sequence[tuple[Path, str]], *, name: str, counts: Counts,
                  n_docs: int = 128) -> Iterator[list[str]]:
     """Yield the documents of the corpus `name`, of Parquet files (path, name of the column) in their order, cleaned,
-    in batches of up to `n_docs`; empty ones are left out and counted. The batches depend on the files only.
+    in batches of up to `n_docs`; empty ones are left out and counted, changed ones counted. The batches depend on the
+    files only.
 
     Raises DataError when a file has no such column of text, or cannot be read to its end.
     """
     for path, column in files:
         for raw in _documents(path, column, n_docs, name=name):
-            kept = [text for text in (clean_text(t) for t in raw if t is not None) if text]
+            cleaned = [(text, t) for text, t in ((clean_text(t), t) for t in raw if t is not None) if text]
+            kept = [text for text, _ in cleaned]
             counts.add(f"replay {name}: documents read", len(raw))
             counts.add(f"replay {name}: documents dropped: empty", len(raw) - len(kept))
+            counts.add(f"replay {name}: {CHANGED}", sum(text != t for text, t in cleaned))
             if kept:
                 yield kept
 
