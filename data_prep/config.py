@@ -27,6 +27,8 @@ class EngineSettings(Settings):
 
     name: Literal["duckdb", "spark"] = "duckdb"
     memory_limit: str = "2GB"
+    """Of the engine alone: DuckDB's buffers, or each of Spark's heaps. The whole process tree takes more, with the
+    interpreter and every worker's shard; docs/scale.md has measured peaks."""
     threads: int | None = Field(default=None, ge=1)
     """Default: all cores."""
     spill: str | None = None
@@ -214,7 +216,7 @@ class SequenceSettings(Settings):
     max_events_by: Literal["latest", "draw"] = "latest"
     """Which these are: the latest, or drawn in favour of the latest, so that old ones are represented too."""
     mixed_min_domains: Positive = 2
-    """Domains that a user's all-domain history needs to be one."""
+    """Domains that a user's all-domain history needs to be one, and each window that it is cut into."""
     min_items: Positive = 2
     """A shorter history is dropped, and counted."""
     max_items: int = Field(default=50, ge=1, lt=1 << 16)

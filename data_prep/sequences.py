@@ -83,9 +83,9 @@ def write_histories(engine: Engine, layout: Layout, settings: SequenceSettings, 
     for corpus in corpora.all:
         kind, _, domain = corpus.partition("/")
         of_domain = (valid if kind == "valid" else train).filter(ibis._.domain == domain) if domain else train
-        marked = mark_events(of_domain, settings, is_train=kind != "valid",
-                             min_domains=settings.mixed_min_domains if corpus == "mixed" else 1)
-        n_histories = _write_corpus(engine, layout, settings, marked, corpus, counts)
+        min_domains = settings.mixed_min_domains if corpus == "mixed" else 1
+        marked = mark_events(of_domain, settings, is_train=kind != "valid", min_domains=min_domains)
+        n_histories = _write_corpus(engine, layout, settings, marked, corpus, counts, min_domains=min_domains)
         if n_histories == 0 and kind == "specific":
             raise DataError(f"domain {domain!r} has no training history of {settings.min_items} or more items; take it "
                             f"out of domains.pretrain, lower sequences.min_items or move the clock (see report.md)")
@@ -179,15 +179,16 @@ def _with_rank(marked: Table, by: str) -> Table:
 
 
 def _write_corpus(engine: Engine, layout: Layout, settings: SequenceSettings, marked: Marked, corpus: str,
-                  counts: Counts) -> int:
-    """Cut each user's events into windows and write those long enough; returns the number of histories."""
+                  counts: Counts, *, min_domains: int) -> int:
+    """Cut each user's events into windows and write those long enough and of enough domains; returns the number of
+    histories."""
     events = marked.events
     n_dropped = {r["dropped"]: int(r["n"]) for r in engine.rows(events.group_by("dropped").agg(n=events.count()))}
     n_events = n_dropped.pop("", 0)
     by = ("user_id", "session") if settings.session_gap_s is not None else ("user_id",)
-    windows = cut_windows(events.filter(events.dropped == ""), max_items=settings.max_items,
-                          min_items=settings.min_items, by=by)
-    kept = windows.filter(windows["items"].length() >= settings.min_items)
+    staying = events.filter(events.dropped == "")
+    windows = cut_windows(staying, max_items=settings.max_items, min_items=settings.min_items, by=by)
+    kept = windows.filter((windows["items"].length() >= settings.min_items) & (windows.domains.length() >= min_domains))
     schema = MIXED if corpus == "mixed" else HISTORIES
     path = layout.histories(corpus)
     n_histories = engine.write(kept, path, schema=schema, order_by=[*by, "window"], number="history_id")
@@ -196,8 +197,12 @@ def _write_corpus(engine: Engine, layout: Layout, settings: SequenceSettings, ma
     counts.add(f"{corpus}: events in them", int(n_items))
     for reason in marked.reasons:
         counts.add(f"{corpus}: events {reason}, dropped", n_dropped.get(reason, 0))
-    counts.add(f"{corpus}: events in histories of fewer than {settings.min_items} items, dropped",
-               n_events - int(n_items))
+    n_short = n_left_out = n_events - int(n_items)
+    if min_domains > 1:  # no cut makes a window short, so what is in no short history is in a window of few domains
+        sizes = staying.group_by(list(by)).agg(n=staying.count())
+        n_short = int(engine.rows(sizes.agg(n=sizes.n.sum(where=sizes.n < settings.min_items)))[0]["n"] or 0)
+        counts.add(f"{corpus}: events in windows of fewer than {min_domains} domains, dropped", n_left_out - n_short)
+    counts.add(f"{corpus}: events in histories of fewer than {settings.min_items} items, dropped", n_short)
     return n_histories
 
 

@@ -92,6 +92,35 @@ def test_histories_hold_catalogue_numbers_in_order_of_time(layout: Layout) -> No
     assert rows("valid/garden") == []
 
 
+def test_a_window_of_a_mixed_history_needs_its_domains_too_and_what_it_loses_is_counted(tmp_path: Path) -> None:
+    # u1: 11 books, then 12 toys: one window of 4 to 6 lies over the border; u2: both; u3: books alone; u4: too few
+    rows = [("u1", "books", f"b{i:02d}", 1 + i) for i in range(11)]
+    rows += [("u1", "toys", f"t{i:02d}", 12 + i) for i in range(12)]
+    rows += [("u2", "books", "b00", 1), ("u2", "toys", "t00", 2), ("u2", "toys", "t01", 3)]
+    rows += [("u3", "books", f"b{i:02d}", 1 + i) for i in range(3)]
+    rows += [("u4", "books", "b00", 1), ("u4", "toys", "t00", 2)]
+    rows += [("u5", domain, f"{domain[0]}00", time) for domain in ("books", "toys") for time in (100, 200)]
+    layout = Layout(tmp_path)
+    shops.write_items(layout.raw_items, sorted({(d, i, f"Title {i}") for _, d, i, _ in rows}))
+    shops.write_events(layout.raw_interactions, rows)
+    corpora = Corpora(pretrain=("books", "toys"), unseen=())
+    engine, counts = shops.engine(tmp_path), Counts("sequences")
+    clean(engine, layout, CleanSettings(), corpora=corpora, seed=1)
+    made = split(engine, layout, SplitSettings(t_valid=100, t_test=200), corpora=corpora, regime="overlap",
+                 counts=Counts("split"))
+    write_catalogue(engine, layout, template=TEMPLATES["cprec"], split=made, counts=counts)
+    write_histories(engine, layout, SequenceSettings(min_items=3, max_items=6), corpora=corpora, split=made,
+                    counts=counts)
+    over, of_u2 = pq.read_table(layout.histories("mixed")).to_pylist()
+    n_over = len(over["items"])
+    assert (over["user_id"], over["domains"], of_u2["user_id"]) == ("u1", ["books", "toys"], "u2") and n_over in (4, 5, 6)
+    assert {reason: n for reason, n in counts.by_reason.items() if reason.startswith("mixed")} == {
+        "mixed: histories": 2, "mixed: events in them": n_over + 3,
+        "mixed: events in histories of fewer than 2 domains, dropped": 3,
+        "mixed: events in windows of fewer than 2 domains, dropped": 23 - n_over,
+        "mixed: events in histories of fewer than 3 items, dropped": 2}
+
+
 @pytest.mark.parametrize(("min_items", "max_items"), [(1, 7), (2, 7), (4, 7), (1, 1)])
 def test_windows_lose_nothing_keep_the_order_and_differ_by_at_most_one(
         tmp_path: Path, min_items: int, max_items: int) -> None:
