@@ -82,9 +82,18 @@ def by_one_thread(nasty: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return prepared_by({"memory_limit": "500MB", "threads": 1}, nasty, out)
 
 
-def test_two_threads_of_duckdb_give_the_bytes_of_one(
-        nasty: Path, by_one_thread: dict[str, bytes], tmp_path: Path) -> None:
-    assert prepared_by({"memory_limit": "500MB", "threads": 2}, nasty, tmp_path / "out") == by_one_thread
+def test_one_two_and_four_threads_of_duckdb_give_the_same_bytes_from_many_row_groups(
+        nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("engine", "engines.duckdb", "pack"):
+        monkeypatch.setattr(f"data_prep.{module}.ROW_GROUP_ROWS", 64)  # threads share the work by row groups
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name in ("events.parquet", "items.parquet"):
+        pq.write_table(pq.read_table(nasty / name), raw / name, row_group_size=16)
+    made = [prepared_by({"memory_limit": "500MB", "threads": n}, raw, tmp_path / f"by_{n}") for n in (1, 2, 4)]
+    for name in ("ingested", "clean", "train"):
+        assert pq.ParquetFile(tmp_path / f"by_1/interactions/{name}.parquet").num_row_groups > 4
+    assert made[0] == made[1] == made[2]
 
 
 @pytest.mark.usefixtures("spark")
