@@ -231,6 +231,21 @@ def test_brands_and_categories_are_cleaned_as_titles_are_and_counted(tmp_path: P
             ("cut to 300 characters", 1))}
 
 
+def test_each_rule_for_titles_has_its_count(tmp_path: Path) -> None:
+    titles = ["Plain", "Tom &amp; Jerry", "<i>Rope</i> &amp; Kite", "bell\x07", "two  spaces", "word " * 2000, "<b> </b>",
+              "var ue_t0=1; getTime()"]
+    layout = Layout(tmp_path)
+    shops.write_items(layout.raw_items, [("books", f"b{i}", title) for i, title in enumerate(titles)])
+    shops.write_events(layout.raw_interactions, [("u1", "books", f"b{i}", 1) for i in range(len(titles))])
+    engine = shops.engine(tmp_path)
+    counts = clean(engine, layout, CleanSettings(untitled_items="drop"), corpora=Corpora(("books",), ()), seed=1)
+    engine.close()
+    assert {k: n for k, n in counts.by_reason.items() if k.startswith("titles: ")} == {
+        f"titles: {what}": n for what, n in (
+            (TAGS, 1), (CODE, 1), (ENTITIES, 2), (CONTROL, 1), (SPACES, 2), (NOTHING, 1), ("cut to 300 characters", 1))}
+    assert counts.by_reason["items of books dropped: its item has no title"] == 2
+
+
 def test_the_hash_is_the_md5_of_seed_user_domain_item_and_time(tmp_path: Path) -> None:
     layout, _ = run_clean(tmp_path, CleanSettings(untitled_items="drop"))
     for row in pq.read_table(layout.interactions).to_pylist():
