@@ -87,6 +87,7 @@ def main() -> None:
         found = measure(o)
     except CPRecError as e:
         sys.exit(f"{e}")
+    found["argv"] = sys.argv[1:]
     found["minutes"] = round((time.monotonic() - begin_s) / 60, 1)
     print("\n" + tables(found), flush=True)
     if o.out is not None:

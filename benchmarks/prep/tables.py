@@ -5,15 +5,16 @@ reads: the results of `benchmarks/prep/run.py` as JSON values. writes: nothing.
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 
 def tables(found: dict[str, Any]) -> str:
-    """One section per part that was measured, the machine first."""
+    """The machine, what was wanted and is, then a section per part that was measured."""
     parts = (("growth", growth), ("encode_pack", encode_pack), ("pipeline", pipeline), ("fill", fill))
-    lines = [*machine(found)]
+    lines = [*machine(found), "", *targets(found)]
     for name, section in parts:
         if name in found:
             lines += ["", *section(found[name])]
@@ -26,6 +27,60 @@ def machine(found: dict[str, Any]) -> Iterator[str]:
     yield (f"Measured on {m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, commit {m['commit']}; Python "
            f"{m['python']}, {versions}. Data: {data['name']} ({data['events']:,} events, {data['items']:,} items), "
            f"resampled; engine memory limit {found['memory_limit']}, rows of {found['seq_len']} tokens.")
+    yield ""
+    yield (f"Command: `{shlex.join(['python', '-m', 'benchmarks.prep.run', *found['argv']])}`"
+           if "argv" in found else "The arguments of the command were not recorded.")
+
+
+def targets(found: dict[str, Any]) -> Iterator[str]:
+    """What was wanted, what was measured, and what stands between."""
+    yield from head("Targets", ["target", "wanted", "measured", "met", "where the time goes"])
+    races = found.get("encode_pack", {}).get("vocabularies", [])
+    for side, wanted in (("tokenizers", 100), ("gigatoken", 3), ("numpy copy to a new file", 0.3)):
+        of_side = [race for race in races if race["ratios"].get(side) is not None]
+        if of_side:
+            race = min(of_side, key=lambda race: race["ratios"][side])
+            yield target(f"encode and pack against {side} ({race['vocabulary']})", wanted, race["ratios"][side], "x",
+                         to_floor(race, side))
+    line = found.get("pipeline")
+    if line and line["ratios"].get("datasets") is not None:
+        yield target("raw files to rows against datasets", 10, line["ratios"]["datasets"], "x",
+                     of_whole_line(found["growth"]["sizes"][0]) if "growth" in found else "")
+    for one in found.get("fill", []):
+        yield target(f"fill at {one['seq_len']:,}", 0.999, one["fill"], "", "")
+    part = found.get("growth", {"sizes": [], "exponent": None})
+    if part["exponent"] is not None:
+        yield target("growth: events to the power", 1, part["exponent"], "", "", is_most=True)
+    for size in part["sizes"]:
+        yield target(f"peak memory of all processes, {size['n_events']:,} events", 2000, size["run"]["peak_mb"], "MB",
+                     "", is_most=True)
+
+
+def target(name: str, wanted: float, measured: float, unit: str, why: str, *, is_most: bool = False) -> str:
+    """Its row; `wanted` is the least, or the most, that is to be."""
+    is_met = measured <= wanted if is_most else measured >= wanted
+    said = [f"{value:,.4g} {unit}".strip() for value in (wanted, measured)]
+    return row([name, f"{'at most' if is_most else 'at least'} {said[0]}", said[1], "yes" if is_met else "no", why])
+
+
+def to_floor(race: dict[str, Any], side: str) -> str:
+    """The least that encoding once and writing can take, by what was measured beside it: `tokenizers` over the
+    catalogue, and a copy of the rows' bytes to a file."""
+    sides = {s["name"]: s for s in race["sides"]}
+    if not {"tokenizers", "numpy copy to a new file"} <= sides.keys():
+        return "no floor: its sides were skipped"
+    hf, copy, ours = (sides[n] for n in ("tokenizers", "numpy copy to a new file", "ours"))
+    encode_s = race["catalogue_tokens"] / (hf["tokens"] / statistics.median(hf["seconds"]))
+    copy_s, ours_s = statistics.median(copy["seconds"]), statistics.median(ours["seconds"])
+    floor_s = encode_s + copy_s
+    return (f"floor {floor_s:.2f} s: the catalogue by tokenizers {encode_s:.2f} s, the rows copied to a file "
+            f"{copy_s:.2f} s; ours {ours_s:.2f} s; at the floor {race['ratios'][side] * ours_s / floor_s:.3g} x")
+
+
+def of_whole_line(size: dict[str, Any]) -> str:
+    stages = size["run"]["stage_seconds"]
+    return (f"at {size['n_events']:,} events {stages['encode'] + stages['pack']:.1f} s of {sum(stages.values()):.1f} s "
+            f"encode and pack; the rest are joins and sorts, of which datasets does the sort")
 
 
 def growth(part: dict[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.prep import encode_pack, extrapolate, fill, growth, inputs, run, vocabularies
 from benchmarks.prep.preparation import Run, prepare, run_measured
 from benchmarks.prep.sides import balanced
-from benchmarks.prep.tables import tables
+from benchmarks.prep.tables import tables, targets
 
 REPO = Path(__file__).parents[2]
 N_USERS, N_ITEMS, N_EVENTS = 30, 40, 900
@@ -195,10 +195,22 @@ def test_the_last_line_has_every_promised_number_and_the_page_its_tables(measure
     assert {"encode_pack_vs_hf", "encode_pack_vs_gigatoken", "encode_pack_vs_memcpy", "pipeline_vs_datasets",
             "fill_2048", "fill_4096", "peak_mb", "seconds", "growth_exponent", "cpu", "versions", "commit"} <= {*line}
     assert line["seconds"] == {"2500": round(measured.run.seconds, 1)} and line["encode_pack_vs_hf"] is None
-    assert "### Growth" in tables(found)
+    said = tables(found | {"argv": ["--events", "1e6"]})
+    assert "### Growth" in said and "`python -m benchmarks.prep.run --events 1e6`" in said
     page = extrapolate.filled((REPO / "docs/scale.md").read_text(), found)
     assert "from 2,500 events" in page and "Not computed yet" not in page
     assert extrapolate.filled(page, found) == page  # filling it again changes nothing
+
+
+def test_a_target_that_is_missed_says_what_the_floor_would_give() -> None:
+    sides = [{"name": "ours", "tokens": 1000, "seconds": [2.0]},
+             {"name": "tokenizers", "tokens": 100, "seconds": [4.0]},
+             {"name": "numpy copy to a new file", "tokens": 1000, "seconds": [0.2]}]
+    race = {"vocabulary": "v", "catalogue_tokens": 20, "sides": sides,  # tokenizers: 25 tokens/s, so 0.8 s for those
+            "ratios": {"tokenizers": 20.0, "numpy copy to a new file": 0.1}}
+    missed, copied = list(targets({"encode_pack": {"vocabularies": [race]}}))[-2:]
+    assert missed.startswith("| encode and pack against tokenizers (v) | at least 100 x | 20 x | no | floor 1.00 s")
+    assert missed.endswith("ours 2.00 s; at the floor 40 x |") and copied.endswith("at the floor 0.2 x |")
 
 
 def test_the_command_line_names_an_unknown_part(capsys: pytest.CaptureFixture[str]) -> None:
