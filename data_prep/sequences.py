@@ -183,11 +183,13 @@ def _write_corpus(engine: Engine, layout: Layout, settings: SequenceSettings, ma
     """Cut each user's events into windows and write those long enough and of enough domains; returns the number of
     histories."""
     events = marked.events
-    n_dropped = {r["dropped"]: int(r["n"]) for r in engine.rows(events.group_by("dropped").agg(n=events.count()))}
-    n_events = n_dropped.pop("", 0)
     by = ("user_id", "session") if settings.session_gap_s is not None else ("user_id",)
-    staying = events.filter(events.dropped == "")
-    windows = cut_windows(staying, max_items=settings.max_items, min_items=settings.min_items, by=by)
+    sizes = events.group_by([*by, "dropped"]).agg(n=events.count())
+    summed = sizes.group_by("dropped").agg(n=sizes.n.sum(), n_short=sizes.n.sum(where=sizes.n < settings.min_items))
+    met = {r["dropped"]: (int(r["n"]), int(r["n_short"] or 0)) for r in engine.rows(summed)}
+    n_events, n_short = met.pop("", (0, 0))
+    windows = cut_windows(events.filter(events.dropped == ""), max_items=settings.max_items,
+                          min_items=settings.min_items, by=by)
     kept = windows.filter((windows["items"].length() >= settings.min_items) & (windows.domains.length() >= min_domains))
     schema = MIXED if corpus == "mixed" else HISTORIES
     path = layout.histories(corpus)
@@ -196,12 +198,10 @@ def _write_corpus(engine: Engine, layout: Layout, settings: SequenceSettings, ma
     counts.add(f"{corpus}: histories", n_histories)
     counts.add(f"{corpus}: events in them", int(n_items))
     for reason in marked.reasons:
-        counts.add(f"{corpus}: events {reason}, dropped", n_dropped.get(reason, 0))
-    n_short = n_left_out = n_events - int(n_items)
-    if min_domains > 1:  # no cut makes a window short, so what is in no short history is in a window of few domains
-        sizes = staying.group_by(list(by)).agg(n=staying.count())
-        n_short = int(engine.rows(sizes.agg(n=sizes.n.sum(where=sizes.n < settings.min_items)))[0]["n"] or 0)
-        counts.add(f"{corpus}: events in windows of fewer than {min_domains} domains, dropped", n_left_out - n_short)
+        counts.add(f"{corpus}: events {reason}, dropped", met.get(reason, (0, 0))[0])
+    if min_domains > 1:  # no cut makes a window short: what is in no short history was in a window of few domains
+        counts.add(f"{corpus}: events in windows of fewer than {min_domains} domains, dropped",
+                   n_events - int(n_items) - n_short)
     counts.add(f"{corpus}: events in histories of fewer than {settings.min_items} items, dropped", n_short)
     return n_histories
 
