@@ -109,7 +109,7 @@ def clean(engine: Engine, layout: Layout, settings: CleanSettings, *, corpora: C
     _clean_titles(layout, settings, counts)
     _map_items(engine, layout, settings, corpora, counts)
     _clean_events(engine, layout, settings, corpora, counts, seed=seed)
-    items, mapping = engine.read(layout.titled_items), engine.read(_mapping(layout))
+    items, mapping = engine.read(layout.titled_items), engine.read(layout.item_mapping)
     used = engine.read(layout.interactions).select("domain", "item_id").distinct()
     standing = mapping.filter((mapping.dropped == "") & (mapping.item_id == mapping.stands_for))
     usable = engine.count(standing)
@@ -136,10 +136,6 @@ def k_core(engine: Engine, path: Path, settings: CleanSettings, counts: Counts) 
         n_last, n_events = n_events, engine.write(core, path, schema=CLEAN_INTERACTIONS,
                                                   order_by=["user_id", "ts_ms", "h"])
     counts.add("training events outside the k-core", n_before - n_events)
-
-
-def _mapping(layout: Layout) -> Path:
-    return layout.items.with_name("mapping.parquet")
 
 
 def _clean_titles(layout: Layout, settings: CleanSettings, counts: Counts) -> None:
@@ -207,7 +203,7 @@ def _map_items(engine: Engine, layout: Layout, settings: CleanSettings, corpora:
     if settings.merge_same_titles:
         twin_id = items.item_id.min().over(group_by=["domain", "title_key", "dropped"])
         stands_for = ibis.cases((items.dropped == "", twin_id), else_=items.item_id)
-    n_items = engine.write(items.mutate(stands_for=stands_for), _mapping(layout), schema=MAPPING,
+    n_items = engine.write(items.mutate(stands_for=stands_for), layout.item_mapping, schema=MAPPING,
                            order_by=["domain", "item_id"])
     counts.add("item rows repeated in the source", n_chosen - n_items)
     titles = chosen.filter(chosen.title.notnull()).group_by(["domain", "item_id"]).agg(n=chosen.title.nunique())
@@ -215,7 +211,7 @@ def _map_items(engine: Engine, layout: Layout, settings: CleanSettings, corpora:
                engine.count(titles.filter(titles.n > 1)))
     shops = chosen.group_by("item_id").agg(n=chosen.domain.nunique())
     counts.add("item ids listed in several domains", engine.count(shops.filter(shops.n > 1)))
-    mapping = engine.read(_mapping(layout))
+    mapping = engine.read(layout.item_mapping)
     if settings.untitled_items == "error":
         _refuse_untitled(engine, mapping)
     dropped = mapping.filter(mapping.dropped != "")
@@ -290,7 +286,7 @@ def _unmatched(engine: Engine, events: Table, domain: str) -> str:
 def _clean_events(engine: Engine, layout: Layout, settings: CleanSettings, corpora: Corpora, counts: Counts, *,
                   seed: int) -> None:
     raw = engine.read(layout.raw_interactions)
-    mapping = engine.read(_mapping(layout)).rename(map_domain="domain", map_item="item_id")
+    mapping = engine.read(layout.item_mapping).rename(map_domain="domain", map_item="item_id")
     events = raw.left_join(mapping, [raw.domain == mapping.map_domain, raw.item_id == mapping.map_item])
     missing = events.user_id.isnull() | events.item_id.isnull() | events.ts_ms.isnull()
     events = events.mutate(reason=ibis.cases(

@@ -107,6 +107,24 @@ class Preparation:
             if not self.config.engine.spill:
                 shutil.rmtree(self._own_spill, ignore_errors=True)
 
+    def written(self) -> list[str]:
+        """Everything that a finished preparation leaves below `out`, files and folders (ending in `/`), sorted; a
+        corpus without a history is left out of `packed/`."""
+        at, replay = self.layout, [r.name for r in self.config.replay]
+        files = [at.raw_interactions, at.interactions, at.train, at.raw_items, at.titled_items, at.items,
+                 at.item_mapping, at.duplicates, at.split, at.holdout, at.catalogue, at.segments_info, at.audit,
+                 *map(at.histories, self.corpora.all), *map(at.texts, replay), at.packed / CARD,
+                 *(at.out / name for name in ("config.yaml", "report.md", "report.json"))]
+        if self.config.tokenizer.exact != "slow":
+            files.append(at.segments)
+        folders = [at.stamp("").parent, at.queries, at.out / "report",
+                   *(at.packed / name for name in (*self.corpora.all, *(f"replay/{r}" for r in replay)))]
+        if self.config.tokenizer.train_vocab_size is not None:
+            folders.append(at.tokenizer)
+        if any(not task.is_in_place for task in self.staging.tasks):
+            folders.append(at.staged)
+        return sorted([str(p.relative_to(at.out)) for p in files] + [f"{p.relative_to(at.out)}/" for p in folders])
+
     @property
     def tokenizer(self) -> str:
         """What loads the tokenizer."""

@@ -100,6 +100,10 @@ class Layout:
         return self.out / "items" / "titled.parquet"
 
     @property
+    def item_mapping(self) -> Path:
+        return self.out / "items" / "mapping.parquet"
+
+    @property
     def duplicates(self) -> Path:
         return self.out / "duplicates.parquet"
 

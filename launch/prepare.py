@@ -14,8 +14,6 @@ from data_prep.estimate import estimate
 from data_prep.pipeline import Preparation, export_recbole, finished_stages, prepare
 from data_prep.workers import n_mpi_ranks, over_mpi
 
-WRITTEN = "interactions/, items/, histories/, packed/<corpus>/, queries/, report.md, audit.json, ..."
-
 
 def main() -> None:
     """Read the command line, then prepare or say what would be done."""
@@ -49,7 +47,7 @@ def show_plan(config: PrepConfig) -> None:
             print(f"source {label}: {source.n_bytes:,} bytes")
         for stage in stages:
             print(f"stage {stage.name}: {'finished' if stage.name in finished else 'to do'}")
-        print(f"written to {preparation.layout.out}: {WRITTEN}")
+        print(f"written to {preparation.layout.out}: {', '.join(preparation.written())}")
         made = estimate(config, preparation.staging, template=preparation.template)
         print("\n".join(made.lines()))
     finally:

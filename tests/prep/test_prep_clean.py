@@ -232,8 +232,8 @@ def test_brands_and_categories_are_cleaned_as_titles_are_and_counted(tmp_path: P
 
 
 def test_each_rule_for_titles_has_its_count(tmp_path: Path) -> None:
-    titles = ["Plain", "Tom &amp; Jerry", "<i>Rope</i> &amp; Kite", "bell\x07", "two  spaces", "word " * 2000, "<b> </b>",
-              "var ue_t0=1; getTime()"]
+    titles = ["Plain", "Tom &amp; Jerry", "<i>Rope</i> &amp; Kite", "bell\x07", "two  spaces", "word " * 2000,
+              "<b> </b>", "var ue_t0=1; getTime()"]
     layout = Layout(tmp_path)
     shops.write_items(layout.raw_items, [("books", f"b{i}", title) for i, title in enumerate(titles)])
     shops.write_events(layout.raw_interactions, [("u1", "books", f"b{i}", 1) for i in range(len(titles))])

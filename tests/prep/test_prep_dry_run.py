@@ -53,6 +53,13 @@ def test_events_are_counted_and_tokens_estimated_without_writing_anything(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_to_be_written_is_all_that_a_preparation_leaves(values: dict[str, Any], prepared: Path) -> None:
+    said = Preparation(shops.config(values)).written()
+    left = {str(p.relative_to(prepared)) for p in prepared.rglob("*") if p.is_file()}
+    assert {f for f in left if f not in said and not any(f.startswith(s) for s in said if s.endswith("/"))} == set()
+    assert [s for s in said if not any(f == s or (s.endswith("/") and f.startswith(s)) for f in left)] == []
+
+
 def test_every_mapping_that_names_no_column_is_told_at_once(values: dict[str, Any], tmp_path: Path) -> None:
     values["datasets"][0]["columns"]["user_id"] = "usr_id"
     values["datasets"][1]["columns"]["title"] = "nome"
