@@ -151,18 +151,18 @@ YEAR_2200 = 7_258_118_400_000
 
 def _met(events: Table) -> dict[str, int]:
     """What one pass over the times and ratings finds: `n_lost` values that are there but no finite number; and, of time
-    stamps that are numbers, how many are finite (`n_stamps`), the `largest` (none: null) and `n_seconds`, those from
+    stamps that are numbers, how many are finite (`n_timestamp`), the `largest` (none: null) and `n_seconds`, those from
     `S_FROM` to `MS_FROM`."""
     numbers = {name: _number(events[name]) for name in ("timestamp", "rating")
                if not events[name].type().is_timestamp()}
-    lost = {f"lost_{name}": _n_where(events[name].notnull() & ~_is_finite(number)) for name, number in numbers.items()}
-    asked = dict(lost)
+    asked = {f"n_{name}": _n_where(_is_finite(number)) for name, number in numbers.items()}
+    # counted, for to Ibis a NaN is null on Spark alone
+    asked |= {f"there_{name}": events[name].count() for name in numbers}
     if "timestamp" in numbers:
         stamp = numbers["timestamp"]
-        asked |= {"n_stamps": _n_where(_is_finite(stamp)), "largest": stamp.try_cast("int64").max(),
-                  "n_seconds": _n_where((stamp >= S_FROM) & (stamp < MS_FROM))}
+        asked |= {"largest": stamp.try_cast("int64").max(), "n_seconds": _n_where((stamp >= S_FROM) & (stamp < MS_FROM))}
     met: dict[str, int] = events.agg(**asked).to_pyarrow().to_pylist()[0] if asked else {}
-    return met | {"n_lost": sum(met[name] or 0 for name in lost)}
+    return met | {"n_lost": sum(met[f"there_{name}"] - (met[f"n_{name}"] or 0) for name in numbers)}
 
 
 def _n_where(condition: Any) -> Any:
@@ -192,7 +192,7 @@ def _milliseconds(column: Any, *, unit: str, source: str, met: dict[str, int], c
         ms = number * 1000
     else:
         n_seconds = met["n_seconds"] if may_be_mixed else 0
-        counts.add(f"{source}: time stamps read as milliseconds", met["n_stamps"] - n_seconds)
+        counts.add(f"{source}: time stamps read as milliseconds", met["n_timestamp"] - n_seconds)
         if n_seconds:
             counts.add(f"{source}: time stamps in seconds among milliseconds, read as seconds", n_seconds)
         is_seconds = (number >= S_FROM) & (number < MS_FROM)

@@ -133,6 +133,17 @@ def test_fill_is_tokens_over_the_rows_of_all_training_corpora(prepared: Path, sm
     assert not [*tmp_path.iterdir()]
 
 
+def test_rows_of_real_amazon_data_are_real_tokens_but_for_one_in_a_thousand(shared_data: Path, tmp_path: Path) -> None:
+    source = inputs.source(shared_data, ("amazon_books", "amazon_electronics"))
+    tokenizer = shared_data / "tokenizers" / "mistral_tokenizer_v1_32000.model"
+    config = inputs.write_config(
+        tmp_path / "config.yaml", out=tmp_path / "out", datasets=source.datasets, domains=source.domains,
+        tokenizer=tokenizer, seq_len=2048, cores=1, memory_limit="500MB")
+    prepare(config)
+    found = fill.measure(tmp_path / "out", tmp_path / "work", tokenizer=tokenizer, seq_lens=(2048, 4096), cores=1)
+    assert [one.seq_len for one in found if one.fill >= 0.999] == [2048, 4096], found
+
+
 @pytest.mark.parametrize("seconds, slope", [
     ((1.0, 10.0, 100.0), 1.0),  # ten times the events, ten times the time
     ((5.0, 5.0, 5.0), 0.0),
