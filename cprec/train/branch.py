@@ -13,24 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cprec import dist
 from cprec.config import Length, ParentConfig, ReturnConfig, RunConfig
 from cprec.data.corpora import find_corpora, read_data_record, roots_of
 from cprec.data.sampler import matching
 from cprec.errors import CheckpointError, ConfigError, did_you_mean, raise_all
+from cprec.log import get_logger
 from cprec.schedule import check_shape
 from cprec.settings import apply_overrides, parse_settings
 from cprec.tokenizer import load_tokenizer
 from cprec.train.checkpoint import (
     CONFIG,
     EXPORTED,
+    STATE,
     Checkpoint,
     checkpoint_name,
+    checkpoints_dir,
+    find_broken,
+    find_rests,
     list_checkpoints,
     read_checkpoint,
     read_run_config,
 )
 from cprec.train.run_folder import FREE_TO_CHANGE
 
+log = get_logger(__name__)
 LATEST_STABLE = "latest-stable"
 OWN_TO_A_BRANCH = (*(f for f in FREE_TO_CHANGE if f != "run_dir" and f != "data.packed"), "deepspeed",
                    "data.allow_unaudited")
@@ -78,26 +85,41 @@ class Rewarming(Branching):
 
 def find_checkpoint(source: str, *, phases: Sequence[str] = ()) -> Checkpoint:
     """The checkpoint that `source` means: a checkpoint folder, RUN (its newest, of `phases` if given), RUN@STEP or
-    RUN@latest-stable.
+    RUN@latest-stable. Folders newer than the newest that are no sound checkpoint are warned of by name.
 
-    Raises CheckpointError listing the complete ones when there is none such.
+    Raises CheckpointError listing the complete ones when there is none such, BrokenError when the one named is altered.
     """
     path, step = _split(source)
     if Path(path).name.startswith("step_") and not step:
         return read_checkpoint(Path(path))
-    if not Path(path).is_dir():
+    run_dir = Path(path)
+    if not run_dir.is_dir():
         raise CheckpointError(f"--from {source}: there is no run folder {path}")
     if step == LATEST_STABLE:
         step, phases = "", ("stable",)
     if step and not step.isdigit():
         raise CheckpointError(f"--from {source}: {step!r} after the @ is no step; give a number, or {LATEST_STABLE}")
-    known = {c.state.step: c for c in list_checkpoints(Path(path))}
-    fitting = [s for s, c in known.items() if not phases or c.state.phase in phases]
-    wanted = int(step) if step.isdigit() else (fitting[-1] if fitting else None)
-    if wanted not in known:
-        listed = ", ".join(f"{s} ({c.state.phase})" for s, c in known.items())
-        raise CheckpointError(f"--from {source}: no such checkpoint; complete ones of {path}: {listed or 'none'}")
-    return known[wanted]
+    if step and (folder := checkpoints_dir(run_dir) / checkpoint_name(int(step))).is_dir():
+        return read_checkpoint(folder)
+    known = list_checkpoints(run_dir)
+    fitting = [] if step else [c for c in known if not phases or c.state.phase in phases]
+    passed_over = _passed_over(run_dir, newer_than=fitting[-1].folder.name if fitting else "")
+    if not fitting:
+        listed = ", ".join(f"{c.state.step} ({c.state.phase})" for c in known)
+        raise CheckpointError("\n  ".join([f"--from {source}: no such checkpoint; complete ones of {path}: "
+                                           f"{listed or 'none'}", *passed_over]))
+    for why in passed_over if dist.rank() == 0 else []:
+        log.warning("PASSED OVER for %s: %s", fitting[-1].folder, why)
+    return fitting[-1]
+
+
+def _passed_over(run_dir: Path, *, newer_than: str) -> list[str]:
+    """What is wrong with each of the run's newer folders that would be a checkpoint if its save had not been cut short
+    or its `state.json` altered."""
+    rests = {rest: f"{rest} has no {STATE}: it is being saved now, or an interrupted save left it"
+             for rest in find_rests(run_dir)}
+    wrong = find_broken(run_dir) | rests
+    return [why for folder, why in sorted(wrong.items()) if folder.name > newer_than]
 
 
 def is_pinned(source: str) -> bool:

@@ -17,6 +17,7 @@ from cprec.train.checkpoint import (
     BROKEN,
     Checkpoint,
     checkpoints_dir,
+    find_broken,
     find_rests,
     list_checkpoints,
     read_checkpoint,
@@ -42,9 +43,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Complete checkpoints, oldest first; folders that are rests of saves, and those put aside as altered."""
+    """Complete checkpoints, oldest first; what is wrong with those whose `state.json` was altered; names of the folders
+    that are rests of saves, and of those put aside as altered."""
 
     checkpoints: list[Entry]
+    broken: list[str]
     incomplete: list[str]
     put_aside: list[str]
 
@@ -53,7 +56,8 @@ def take_inventory(run_dir: Path, config: CheckpointConfig) -> Inventory:
     """What there is in the run's folder of checkpoints."""
     checkpoints = list_checkpoints(run_dir)
     reasons = reasons_to_keep(checkpoints, config, living_branches(run_dir))
-    return Inventory([_entry(c, reasons[c.state.step]) for c in checkpoints], [f.name for f in find_rests(run_dir)],
+    return Inventory([_entry(c, reasons[c.state.step]) for c in checkpoints], [*find_broken(run_dir).values()],
+                     [f.name for f in find_rests(run_dir)],
                      [f.name for f in sorted(checkpoints_dir(run_dir).glob(f"{BROKEN}*"))])
 
 
@@ -73,6 +77,8 @@ def write_table(run_dir: Path, inventory: Inventory) -> Iterator[str]:
         loss = "-" if e.valid_loss is None else f"{e.valid_loss:.4f}"
         yield (f"{e.step:>10,}  {e.phase:<7} {e.tokens_seen:>16,} {loss:>11} {e.n_bytes / 1e9:>9.3f}  "
                f"{e.world_size:>4} x ZeRO-{e.zero_stage}  {', '.join(e.kept_as) or '(nothing keeps it)'}")
+    for why in inventory.broken:
+        yield f"BROKEN: {why}"
     for name in inventory.incomplete:
         yield f"{name}: incomplete; removed when the run starts again, unless it is being written now"
     for name in inventory.put_aside:

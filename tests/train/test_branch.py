@@ -97,6 +97,30 @@ def test_a_source_names_the_newest_stable_checkpoint_or_a_step(world: dict[str, 
         find_parent(f"{run}@6", annealed=True)
 
 
+def test_newer_checkpoints_that_are_broken_or_half_written_are_named_when_the_newest_is_asked_for(
+        world: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan, run = plan_of({**world, "run_dir": str(tmp_path / "run")}), tmp_path / "run"
+    four, six, eight, ten = (save(plan, step).folder for step in (4, 6, 8, 10))
+    (four / "state.json").write_text("{")  # older than the newest sound one: of no interest
+    (eight / "state.json").write_text((eight / "state.json").read_text().replace('"lr":0.01', '"lr":0.02'))
+    (ten / "state.json").unlink()
+    for at in ("", "@latest-stable"):
+        caplog.clear()
+        assert find_checkpoint(f"{run}{at}").folder == six
+        said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert len(said) == 2 and all(line.startswith(f"PASSED OVER for {six}: ") for line in said)
+        assert "step_00000008/state.json was altered" in said[0] and "step_00000010 has no state.json" in said[1]
+    caplog.clear()
+    assert find_checkpoint(f"{run}@6").folder == six and not caplog.records
+    with pytest.raises(CheckpointError, match=r"step_00000008/state.json was altered"):
+        find_checkpoint(f"{run}@8")
+    with pytest.raises(CheckpointError, match=r"step_00000010 is no complete checkpoint"):
+        find_checkpoint(f"{run}@10")
+    shutil.rmtree(six)
+    with pytest.raises(CheckpointError, match=r"(?s): none.*step_00000004.*step_00000008.*step_00000010"):
+        find_checkpoint(str(run))
+
+
 def test_a_parent_whose_tokenizer_has_changed_is_refused(world: dict[str, Any], tmp_path: Path) -> None:
     model = Path(shutil.copytree(world["model"]["path"], tmp_path / "model"))
     save(plan_of({**world, "run_dir": str(tmp_path / "run"), "model": {"path": str(model)}}), 6)

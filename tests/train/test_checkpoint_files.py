@@ -150,6 +150,8 @@ def test_the_newest_checkpoint_when_altered_is_passed_over_loudly_and_an_error_w
     else:
         (folder / "state.json").write_text("{")
     assert len(unsound(run)) == 1
+    listed = [line for line in write_table(run, take_inventory(run, EVERYTHING)) if line.startswith("BROKEN")]
+    assert [str(folder) in line for line in listed] == [True] * harm.startswith("state")  # without reading other files
     with pytest.raises(BrokenError, match="step_00000008"):
         verify_checkpoint(read_checkpoint(folder))
     with caplog.at_level("WARNING"):
