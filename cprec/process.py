@@ -68,7 +68,7 @@ def only_writer(folder: Path, *, wait_s: float = 60.0) -> Iterator[None]:
     """Be the only writer of `folder` while inside; the lock goes with the process, however it ends.
 
     The lock file stands beside the folder, which is not touched. Waits up to `wait_s` seconds for another holder to
-    finish, then raises ConfigError naming the folder and its holder.
+    finish, then raises ConfigError naming the folder and its holder; at once where files cannot be locked.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; name a folder")
@@ -114,3 +114,7 @@ def _wait_for(fd: int, path: Path, folder: Path, wait_s: float) -> None:
                 log.warning("%s is being written by process %s: waiting up to %.0f s", folder, holder, wait_s)
                 said = True
             time.sleep(0.2)
+        except OSError as e:
+            raise ConfigError(f"{folder}: files beside it cannot be locked ({e.strerror}), so nothing would keep a "
+                              f"second writer out; mount its file system with flock (Lustre: -o flock; NFS: its lock "
+                              f"service) or name a folder on another one") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -42,6 +43,18 @@ def test_a_second_writer_is_refused_by_name_and_a_killed_one_leaves_the_folder_f
     holder.wait()
     with only_writer(folder, wait_s=30):
         assert not folder.exists()  # the lock stands beside it
+
+
+def test_a_folder_on_a_file_system_without_locks_is_refused_by_name(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        def refuse(fd: int, operation: int, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("cprec.process.fcntl.flock", refuse)
+        why = rf"{tmp_path}/run: .*cannot be locked \({os.strerror(number)}\).*-o flock"
+        with pytest.raises(ConfigError, match=why), only_writer(tmp_path / "run"):
+            pytest.fail("nobody holds it")
 
 
 def test_a_grandchild_ends_with_the_process_that_it_was_bound_to() -> None:
