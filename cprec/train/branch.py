@@ -18,6 +18,7 @@ from cprec.config import Length, ParentConfig, ReturnConfig, RunConfig
 from cprec.data.corpora import find_corpora, read_data_record, roots_of
 from cprec.data.sampler import matching
 from cprec.errors import CheckpointError, ConfigError, did_you_mean, raise_all
+from cprec.format import file_hash
 from cprec.log import get_logger
 from cprec.schedule import check_shape
 from cprec.settings import apply_overrides, parse_settings
@@ -238,7 +239,7 @@ def _fork(parent: Checkpoint, old: RunConfig, branch: Branching, run_dir: str) -
     begun = Path(run_dir) / CONFIG
     if begun.is_file() and not branch.pinned:  # the trunk may have moved on
         fork = read_run_config(begun.parent).parent
-        if fork and Path(fork.run_dir) == parent.run_dir:
+        if fork and (Path(fork.run_dir) == parent.run_dir or _holds(parent.run_dir, fork)):
             parent = read_checkpoint(parent.folder.with_name(checkpoint_name(fork.step)))
     start = parent.state.step
     values = old.model_dump()
@@ -251,6 +252,12 @@ def _fork(parent: Checkpoint, old: RunConfig, branch: Branching, run_dir: str) -
     values["parent"] = ParentConfig(
         run_dir=str(parent.run_dir), step=start, state_hash=parent.state_hash).model_dump()
     return values, start
+
+
+def _holds(run_dir: Path, fork: ParentConfig) -> bool:
+    """Whether a run folder, which may have moved, has the checkpoint that a branch began from."""
+    state = checkpoints_dir(run_dir) / checkpoint_name(fork.step) / STATE
+    return state.is_file() and file_hash(state) == fork.state_hash
 
 
 def _past(old: RunConfig, parent: Checkpoint) -> list[ReturnConfig]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cprec.config import MixConfig, RunConfig, check_batch, load_deepspeed_config
 from cprec.data.corpora import (
+    DATA,
     DataRecord,
     cache_for,
     check_alike,
@@ -168,7 +169,7 @@ def build_plan(config: RunConfig, world_size: int) -> Plan:
     check_alike({**train, **valid}, config.data.packed, allow_unaudited=config.data.allow_unaudited)
     _check_data(config, {**train, **valid})
     load_deepspeed_config(config.deepspeed)
-    trunk = read_data_record(Path(config.parent.run_dir)) if config.parent else None
+    trunk = _trunk_record(config)
     data = record_of(train, trunk)
     order = build_order(config, data)
     raise_all([*check_batch(config.batch, world_size), *_wrong_fork(config, order.schedule),
@@ -178,6 +179,14 @@ def build_plan(config: RunConfig, world_size: int) -> Plan:
         raise_all(_wanted_but_gone(config, order.mix, set(data.corpora) - set(train)), of="run config", error=DataError)
     resolved = _explicit(config, order, data.seq_len)
     return Plan(resolved, world_size, data.seq_len, order, data, places, train, valid, cache)
+
+
+def _trunk_record(config: RunConfig) -> DataRecord | None:
+    """The data of a branch's trunk. Where the trunk has moved away, a branch that has begun knows them itself."""
+    if config.parent is None:
+        return None
+    trunk, own = Path(config.parent.run_dir), Path(config.run_dir)
+    return read_data_record(own if not (trunk / DATA).is_file() and (own / DATA).is_file() else trunk)
 
 
 def _wrong_fork(config: RunConfig, schedule: Schedule) -> list[str]:

@@ -40,10 +40,12 @@ def claim_run_folder(run_dir: Path, plan: Plan) -> None:
 
 
 def check_run_folder(run_dir: Path, plan: Plan) -> None:
-    """Check that a run that has checkpoints in `run_dir` is this one, on the same data; and so with a branch's parent.
+    """Check that a run that has checkpoints in `run_dir` is this one, on the same data; and so with the parent of a
+    branch that has none of its own yet: afterwards the parent may move.
 
     Raises ConfigError listing the fields that differ, or DataError naming the corpora that do. Writes nothing.
     """
+    newest = list_checkpoints(run_dir)[-1:]
     if any((run_dir / "checkpoints").glob("step_*")):
         theirs = read_run_config(run_dir)
         differing = [f"{field}: {old!r} in {run_dir / CONFIG}, {new!r} now"
@@ -53,9 +55,8 @@ def check_run_folder(run_dir: Path, plan: Plan) -> None:
             raise ConfigError(f"{run_dir} belongs to another run:\n  {listed}\ngive this one a run_dir of its own, or "
                               f"start it with the old values")
         _check_same_data(run_dir, plan, may_differ_in_names=False)
-        newest = list_checkpoints(run_dir)[-1:]
         _check_same_rows(run_dir, plan, step=newest[0].state.step if newest else 0)
-    if plan.config.parent:
+    if plan.config.parent and not newest:
         _check_same_data(Path(plan.config.parent.run_dir), plan, may_differ_in_names=True)
         _check_same_rows(Path(plan.config.parent.run_dir), plan, step=plan.config.parent.step)
 
@@ -84,10 +85,11 @@ def _check_same_rows(run_dir: Path, plan: Plan, *, step: int) -> None:
 
 
 def _differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Dotted fields in which two resolved configs train differently. A trunk without annealing may grow longer."""
+    """Dotted fields in which two resolved configs train differently. A trunk without annealing may grow longer; a
+    parent is known by its step and hash, wherever it lies."""
     a, b = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     grows = all(c.schedule.kind in ("wsa", "constant") and c.schedule.anneal is None for c in (old, new))
-    free = (*FREE_TO_CHANGE, "schedule.total") if grows else FREE_TO_CHANGE
+    free = (*FREE_TO_CHANGE, "parent.run_dir", *(["schedule.total"] if grows else []))
     return [(k, a.get(k), b.get(k)) for k in sorted({*a, *b})
             if a.get(k) != b.get(k) and not any(k == f or k.startswith(f + ".") for f in free)]
 

@@ -48,14 +48,18 @@ def plan_of(config: Any) -> Plan:
 
 def save(plan: Plan, step: int) -> Checkpoint:
     """What a run leaves at `step`, but the weights."""
-    run_dir = Path(plan.config.run_dir)
-    claim_run_folder(run_dir, plan)
+    claim_run_folder(Path(plan.config.run_dir), plan)
+    return save_alone(plan, step)
+
+
+def save_alone(plan: Plan, step: int) -> Checkpoint:
+    """The same in a run folder that has been claimed."""
     state = State(
         step=step, tokens_seen=step * plan.tokens_per_step, rows_seen=step * 8, lr=plan.schedule.lr(step),
         phase=plan.schedule.phase(step), bad_steps=0, valid_loss=None, data_hashes={}, config_hash="",
         tokenizer_fingerprint=load_tokenizer(plan.config.model.path).fingerprint, world_size=1, zero_stage=3,
         parent=plan.config.parent, files={}).sealed()
-    folder = run_dir / "checkpoints" / checkpoint_name(step)
+    folder = Path(plan.config.run_dir) / "checkpoints" / checkpoint_name(step)
     folder.mkdir(parents=True)
     write_atomically(folder / "state.json", state.model_dump_json())
     return Checkpoint(folder, state)
@@ -208,6 +212,27 @@ def test_a_branch_that_has_begun_keeps_its_fork_unless_another_step_is_named(
     other = plan_of(annealing_config(newer, Annealing(FOUR, pinned=True)))
     with pytest.raises(ConfigError, match=r"belongs to another run(?s:.)*parent.step: 6 in .*10 now"):
         check_run_folder(Path(begun.config.run_dir), other)
+
+
+def test_a_branch_that_has_a_checkpoint_goes_on_when_its_parent_has_moved(
+        world: dict[str, Any], stable: Checkpoint, tmp_path: Path) -> None:
+    run = str(tmp_path / "branch")
+    begun = plan_of(annealing_config(stable, Annealing(FOUR, run_dir=run)))
+    claim_run_folder(Path(run), begun)
+    moved = stable.run_dir.rename(tmp_path / "archive")
+    with pytest.raises(CheckpointError, match=r"base/data.json cannot be read"):  # it needs its parent still
+        check_run_folder(Path(run), plan_of(begun.config))
+    save_alone(begun, 8)
+    check_run_folder(Path(run), plan_of(begun.config))
+    newer = save(plan_of({**world, "run_dir": str(moved)}), 10)
+    for parent, pinned in ((find_parent(f"{moved}@6"), True), (newer, False)):  # the same command, the new place
+        again = plan_of(annealing_config(parent, Annealing(FOUR, run_dir=run, pinned=pinned)))
+        check_run_folder(Path(run), again)
+        assert again.config.parent is not None and again.config.parent.run_dir == str(moved)
+        assert (again.config.parent.step, again.sampler) == (6, begun.sampler)
+    other = {**begun.config.model_dump(), "parent": {"run_dir": str(moved), "step": 6, "state_hash": "other"}}
+    with pytest.raises(ConfigError, match=r"parent.state_hash: "):
+        check_run_folder(Path(run), plan_of(other))
 
 
 def test_a_way_back_and_a_branch_of_it_read_on_where_the_weights_stand(stable: Checkpoint) -> None:
