@@ -27,8 +27,10 @@ from cprec.train.partitions import FileInfo
 
 log = get_logger(__name__)
 CONFIG, STATE = "config.yaml", "state.json"
-EXPORTED = "cprec_export.json"
-"""What an export has, to say of which run and step it is."""
+PRUNED = STATE + ".pruned"
+"""What `state.json` is called once its checkpoint is to go."""
+EXPORTED, AVERAGED = "cprec_export.json", "cprec_average.json"
+"""What an export has, to say of which run and step it is; and an average, to say of which models."""
 BROKEN = "broken_"
 """What the folder's name begins with when a checkpoint was put aside because its files were altered."""
 

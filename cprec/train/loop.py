@@ -46,7 +46,7 @@ from cprec.train.metrics import BadStepRecord, MetricsLog
 from cprec.train.partitions import SavedState
 from cprec.train.plan import Plan, build_plan
 from cprec.train.profile import Trace, parse_steps
-from cprec.train.retention import lease
+from cprec.train.retention import give_back_parents, lease
 from cprec.train.run_folder import check_run_folder, claim_run_folder
 from cprec.train.saving import Saver
 from cprec.train.starts import recorded_start
@@ -269,6 +269,7 @@ def _finite(value: float | None) -> float | None:
 
 def _starting_point(plan: Plan, run_dir: Path) -> Checkpoint | None:
     """The run's newest sound checkpoint, else its parent's, else None: the model as it was published. Collective."""
+    give_back_parents(run_dir)
     own = newest_sound(run_dir)
     parent = plan.config.parent
     if own or parent is None:

@@ -14,23 +14,26 @@ import xxhash
 import yaml
 from pydantic import ValidationError
 
+from cprec import dist
 from cprec.config import CheckpointConfig, ParentConfig
-from cprec.errors import CheckpointError, ConfigError
+from cprec.errors import CheckpointError, ConfigError, raise_all
 from cprec.format import sync, write_atomically
 from cprec.log import get_logger
 from cprec.settings import Settings
 from cprec.train.checkpoint import (
     CONFIG,
+    PRUNED,
     STATE,
     Checkpoint,
+    State,
     checkpoint_name,
     checkpoints_dir,
+    find_rests,
     list_checkpoints,
     read_run_config,
 )
 
 log = get_logger(__name__)
-PRUNED = STATE + ".pruned"
 
 
 class Lease(Settings):
@@ -67,7 +70,7 @@ def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
     """Remove the checkpoints that nothing keeps; their names. For the run's only writer, one process.
 
     `state.json` goes first, so that a crash in between leaves no half checkpoint that looks whole. A branch that took
-    its lease in this very moment is given its parent back.
+    its lease in this very moment is given its parent back, by `give_back_parents` if the crash comes before that.
     """
     removed = []
     for name in prunable(run_dir, config):
@@ -80,6 +83,40 @@ def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
         shutil.rmtree(folder)
         removed.append(name)
     return removed
+
+
+def give_back_parents(run_dir: Path) -> None:
+    """Give the checkpoints that living branches need back what a pruning, killed in the middle, had taken: their name.
+    For the run's only writer, before rests are removed; collective. Raises CheckpointError when a lease cannot be read.
+    """
+    problems = []
+    if dist.rank() == 0:
+        try:
+            _give_back_parents(run_dir)
+        except CheckpointError as e:
+            problems.append(str(e))
+    raise_all(dist.gather_texts(problems), of="branches", error=CheckpointError)
+
+
+def _give_back_parents(run_dir: Path) -> None:
+    rests = [rest for rest in find_rests(run_dir) if (rest / PRUNED).is_file()]
+    branches = living_branches(run_dir) if rests else {}
+    needed = {checkpoint_name(step): of for step, of in branches.items()}
+    for rest in rests:
+        if rest.name in needed and _is_whole(rest):
+            (rest / PRUNED).rename(rest / STATE)
+            sync(rest)
+            log.warning("kept %s, which was being pruned when the run was killed: parent of %s", rest,
+                        ", ".join(needed[rest.name]))
+
+
+def _is_whole(rest: Path) -> bool:
+    """Whether every file of a checkpoint that was to go is still there."""
+    try:
+        state = State.model_validate_json((rest / PRUNED).read_text(encoding="utf-8"))
+        return all((rest / name).stat().st_size == info.bytes for name, info in state.files.items())
+    except (ValidationError, OSError, UnicodeDecodeError):
+        return False
 
 
 def lease(parent: ParentConfig, run_dir: Path) -> None:

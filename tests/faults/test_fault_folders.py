@@ -13,11 +13,15 @@ from typing import Any
 
 import psutil
 import pytest
-from killable import Run
+import yaml
+from killable import STEPS, Run
 
 from benchmarks.faults.checks import resumed_at
-from benchmarks.faults.lives import ForkedLife, Moment
-from cprec.train.checkpoint import list_checkpoints
+from benchmarks.faults.lives import KILLED, ForkedLife, Moment
+from cprec.config import ParentConfig
+from cprec.format import file_hash
+from cprec.train.checkpoint import list_checkpoints, read_checkpoint
+from cprec.train.retention import lease
 
 BAD_CONFIG, BAD_DATA, BAD_CHECKPOINT = 2, 3, 4
 
@@ -127,6 +131,39 @@ def test_a_newest_checkpoint_that_is_damaged_is_named_and_the_run_goes_on_from_t
         assert resumed_at(said) == before.state.step, (damage, victim, said)
         assert victim.name in said and last.folder.name in said, (damage, said)
     run.goes_on_to_the_end()
+
+
+def test_a_pruning_killed_while_a_branch_takes_its_lease_gives_the_parent_back(
+        new_run: Callable[..., Run], tmp_path: Path) -> None:
+    """The lease comes after what is to go was listed, the kill before the name is given back."""
+    run = new_run()
+    run.ends(KILLED, moment=Moment("unlink", "/step_00000006/"))
+    parent = run.run_dir / "checkpoints/step_00000006"
+    assert (parent / "state.json.pruned").is_file()
+    config = yaml.safe_load((run.run_dir / "config.yaml").read_text())
+    fork = ParentConfig(run_dir=str(run.run_dir), step=6, state_hash=file_hash(parent / "state.json.pruned"))
+    (tmp_path / "branch").mkdir()
+    (tmp_path / "branch/config.yaml").write_text(yaml.safe_dump(config | {"parent": fork.model_dump()}))
+    lease(fork, tmp_path / "branch")
+    said = run.goes_on_to_the_end()
+    assert f"kept {parent}, which was being pruned" in said
+    kept = read_checkpoint(parent)  # its bytes are compared by `unharmed`
+    assert kept.state_hash == fork.state_hash
+
+
+def test_a_checkpoint_under_another_steps_name_and_a_file_named_latest_mislead_nobody(
+        new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    run.stops(saving=4)
+    *_, before, last = list_checkpoints(run.run_dir)
+    stale = last.folder.rename(last.folder.with_name("step_00000099"))
+    (stale.parent / "latest").write_text(stale.name)
+    said = run.ends()
+    assert resumed_at(said) == before.state.step, said
+    assert "PASSED OVER" in said and "step_00000099/state.json was altered" in said
+    shutil.rmtree(stale.with_name(f"broken_{stale.name}"))
+    found = run.unharmed()
+    assert (found.newest, found.logged) == (STEPS, STEPS)
 
 
 def test_a_second_start_on_a_run_folder_is_refused_while_the_first_goes_on(

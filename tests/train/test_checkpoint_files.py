@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from cprec.train.checkpoint import (
 )
 from cprec.train.inventory import take_inventory, unsound, write_table
 from cprec.train.partitions import Layout, Place, SavedState, Share, write_file
-from cprec.train.retention import lease, living_branches, prunable, prune, reasons_to_keep
+from cprec.train.retention import give_back_parents, lease, living_branches, prunable, prune, reasons_to_keep
 from cprec.train.saving import Saver
 
 EVERYTHING = CheckpointConfig(keep_last=99)
@@ -118,15 +117,11 @@ def test_shares_of_any_cut_are_one_tensor_again(tmp_path: Path) -> None:
 def test_a_save_that_fails_is_removed_and_names_the_newest_complete_one(tmp_path: Path) -> None:
     run = tmp_path / "run"
     saved(run, 4)
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
     saver = Saver(Weights(), run, EVERYTHING)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))
-        with pytest.raises(CheckpointError, match=r"step_00000008 could not be saved.*complete one is step_00000004"):
-            saver.save(state(8))
-            saver.finish()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    with tiny.largest_file(2000), pytest.raises(
+            CheckpointError, match=r"step_00000008 could not be saved.*complete one is step_00000004"):
+        saver.save(state(8))
+        saver.finish()
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000004"]
     saver.save(state(8))
     assert saver.finish() is not None  # once there is room, it goes on
@@ -203,13 +198,19 @@ def branch(folder: Path, parent: ParentConfig, like: Path) -> Path:
     return folder
 
 
-def test_the_parent_of_a_living_branch_is_never_pruned(tmp_path: Path) -> None:
-    run, config = tmp_path / "run", CheckpointConfig(keep_last=1)
-    folder = saved(run, 4, 6, 8)[0]
-    like = tmp_path / "like.yaml"
-    like.write_text(dump_settings(tiny.run_config({
+@pytest.fixture
+def like(tmp_path: Path) -> Path:
+    """Some run's config."""
+    path = tmp_path / "like.yaml"
+    path.write_text(dump_settings(tiny.run_config({
         "run_dir": "b", "model": {"path": "m"}, "data": {"packed": "p"}, "optimizer": {"peak_lr": 1e-3},
         "batch": {"global_batch_size": 8, "micro_batch_size": 2}, "schedule": {"total": {"steps": 9}}})))
+    return path
+
+
+def test_the_parent_of_a_living_branch_is_never_pruned(tmp_path: Path, like: Path) -> None:
+    run, config = tmp_path / "run", CheckpointConfig(keep_last=1)
+    folder = saved(run, 4, 6, 8)[0]
     parent = ParentConfig(run_dir=str(run), step=4, state_hash=read_checkpoint(folder).state_hash)
     living = branch(tmp_path / "branch", parent, like)
     lease(parent, living)
@@ -218,3 +219,26 @@ def test_the_parent_of_a_living_branch_is_never_pruned(tmp_path: Path) -> None:
     assert prune(run, config) == ["step_00000006"]
     (living / "config.yaml").unlink()
     assert prune(run, config) == ["step_00000004"]  # the branch is gone
+
+
+def test_a_pruning_that_was_killed_is_undone_only_where_a_living_branch_needs_all_of_it(
+        tmp_path: Path, like: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+    folders = saved(run, 2, 4, 6, 8)
+    for folder in folders[:3]:
+        lease(ParentConfig(run_dir=str(run), step=read_checkpoint(folder).state.step, state_hash="0"),
+              tmp_path / folder.name)
+    for folder in folders[:2]:  # 2: it lives, but a file of its parent is gone already; 4: all is there; 6: it is gone
+        branch(tmp_path / folder.name, ParentConfig(run_dir=str(run), step=int(folder.name[5:]), state_hash="0"), like)
+    for folder in folders[:3]:
+        (folder / "state.json").rename(folder / "state.json.pruned")
+    (folders[0] / "rank_00000.safetensors").unlink()
+    give_back_parents(run)
+    assert f"kept {folders[1]}" in caplog.text and f"parent of {tmp_path / folders[1].name}" in caplog.text
+    found = newest_sound(run)
+    assert found is not None and found.folder == folders[3]
+    assert sorted((run / "checkpoints").iterdir()) == [folders[1], folders[3]] and not unsound(run)
+    (folders[3] / "state.json").rename(folders[3] / "state.json.pruned")
+    (run / "branches/x.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"branches/x.json is no lease of a branch"):
+        give_back_parents(run)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +113,17 @@ def write_world(root: Path) -> dict[str, Any]:
         "checkpoint": {"every": 4, "keep_last": 1, "keep_stable_every": 4},
         "validation": {"every": 6, "rows_per_corpus": 4}, "log_every": 1,
     }
+
+
+@contextmanager
+def largest_file(n_bytes: int) -> Iterator[None]:
+    """While inside, no file of this process grows beyond so many bytes: as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def run_config(values: dict[str, Any]) -> RunConfig:
