@@ -10,7 +10,6 @@ and holds one model to evaluate it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,14 +29,15 @@ from cprec.data.collate import collate
 from cprec.data.corpora import find_corpora
 from cprec.data.sampler import matching, permute
 from cprec.errors import ConfigError, DataError, did_you_mean, raise_all
-from cprec.format import PackedCorpus, write_atomically
+from cprec.format import PackedCorpus
 from cprec.log import get_logger, progress
 from cprec.model import load_for_training
 from cprec.storage import is_url
 from cprec.tokenizer import load_tokenizer
+from cprec.train.checkpoint import AVERAGED
+from cprec.train.disk import name_refused_writes, replacing_folder
 
 log = get_logger(__name__)
-AVERAGED = "cprec_average.json"
 MAY_DIFFER = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Fields of a model's config.json that do not decide what its weights mean."""
 INDEX = "model.safetensors.index.json"
@@ -98,7 +98,9 @@ def greedy(folders: Sequence[Path], out: Path, corpora: Corpora) -> None:
     trial = out.with_name(out.name + ".trial")
     for candidate in rest:
         shutil.rmtree(trial, ignore_errors=True)
-        _write_weights([*kept, candidate], trial)
+        with name_refused_writes(trial):
+            trial.mkdir(parents=True)
+            _write_weights([*kept, candidate], trial)
         found = validation_loss(trial, rows, corpora.rows)
         better = found.loss <= best.loss
         log.info("with %s: %.5f, %s", candidate.folder, found.loss, "kept" if better else "left out")
@@ -201,19 +203,16 @@ def _weights_of(folder: Path) -> _Weights:
 
 
 def _write(weights: Sequence[_Weights], out: Path, origin: Mapping[str, Any], losses: Mapping[Path, Loss]) -> None:
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    _write_weights(weights, partial)
-    (partial / "README.md").write_text(_model_card(weights, out.name, origin, losses), encoding="utf-8")
-    write_atomically(partial / AVERAGED, json.dumps(origin, indent=1))
-    os.rename(partial, out)
+    with name_refused_writes(out), replacing_folder(out) as partial:
+        _write_weights(weights, partial)
+        (partial / "README.md").write_text(_model_card(weights, out.name, origin, losses), encoding="utf-8")
+        (partial / AVERAGED).write_text(json.dumps(origin, indent=1), encoding="utf-8")
     log.info("wrote the average of %d models to %s", len(weights), out)
 
 
 def _write_weights(weights: Sequence[_Weights], folder: Path) -> None:
-    """The mean of the models as a folder in the first one's shards, with its config and tokenizer."""
+    """The mean of the models in the new folder, in the first one's shards, with its config and tokenizer."""
     first = weights[0]
-    folder.mkdir(parents=True)
     for path in first.folder.iterdir():
         if path.suffix in (".json", ".model", ".jinja", ".txt") and not path.name.startswith("cprec_"):
             shutil.copyfile(path, folder / path.name)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from cprec.config import RunConfig
 from cprec.errors import CheckpointError
-from cprec.format import sync
 from cprec.log import get_logger, progress
 from cprec.model import load_config, load_transformers_tokenizer
 from cprec.train.checkpoint import EXPORTED, Checkpoint, read_run_config, verify_checkpoint
+from cprec.train.disk import name_refused_writes, replacing_folder
 from cprec.train.lora import adapter_tensors, merged, write_adapter_config
-from cprec.train.model_card import model_card
+from cprec.train.model_card import LICENSE, model_card
 from cprec.train.partitions import DTYPES, SavedWeights
 
 log = get_logger(__name__)
@@ -48,20 +48,17 @@ def export(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype, adapter_onl
         log.info("%s already holds this export", out)
         return
     verify_checkpoint(checkpoint)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    weights = SavedWeights(checkpoint.folder)
-    if adapter_only:
-        _write_adapter(partial, weights, config, dtype)
-    else:
-        _write_model(partial, weights, config, dtype)
-    load_transformers_tokenizer(config.model.path).save_pretrained(partial)
-    (partial / "README.md").write_text(model_card(config, checkpoint), encoding="utf-8")
-    (partial / EXPORTED).write_text(json.dumps(origin, indent=1), encoding="utf-8")
-    sync(partial)
-    partial.rename(out)
-    sync(out.parent)
+    with name_refused_writes(out), replacing_folder(out) as partial:
+        weights = SavedWeights(checkpoint.folder)
+        if adapter_only:
+            _write_adapter(partial, weights, config, dtype)
+        else:
+            _write_model(partial, weights, config, dtype)
+        load_transformers_tokenizer(config.model.path).save_pretrained(partial)
+        if (licence := Path(config.model.path) / LICENSE).is_file():
+            shutil.copyfile(licence, partial / LICENSE)
+        (partial / "README.md").write_text(model_card(config, checkpoint), encoding="utf-8")
+        (partial / EXPORTED).write_text(json.dumps(origin, indent=1), encoding="utf-8")
     log.info("exported step %d of %s to %s", checkpoint.state.step, checkpoint.run_dir, out)
 
 
@@ -152,4 +149,3 @@ class _Shard:
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
         self._file.close()
-        sync(self.path)

@@ -5,6 +5,7 @@ reads: the run's config, data record, metrics and its ancestors' configs; the ba
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import yaml
@@ -15,6 +16,9 @@ from cprec.errors import CPRecError
 from cprec.template import Template
 from cprec.train.checkpoint import Checkpoint, read_run_config
 from cprec.train.metrics import read_metrics
+
+LICENSE = "LICENSE"
+"""File of a base model that an export takes along."""
 
 
 def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
@@ -40,12 +44,28 @@ def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
 
 
 def _metadata(config: RunConfig) -> dict[str, object]:
-    base = _base_card(config.model.path)
-    licence: dict[str, object] = {k: base[k] for k in ("license", "license_name", "license_link") if k in base} or {
-        "license": "other", "license_name": "as-base-model", "license_link": config.model.path}
-    language: dict[str, object] = {"language": base["language"]} if "language" in base else {}
-    return {"base_model": config.model.path, **licence, **language, "library_name": "transformers",
-            "pipeline_tag": "text-generation", "tags": ["recommendation", "continual-pretraining", "cprec"]}
+    """The card's metadata, as the hub takes it; a base model in a folder has no name there, and is left out."""
+    path = config.model.path
+    base, name = _base_card(path), _name_on_hub(path)
+    language = {"language": base["language"]} if "language" in base else {}
+    return {**({"base_model": name} if name else {}), **_licence(path, base, name), **language,
+            "library_name": "transformers", "pipeline_tag": "text-generation",
+            "tags": ["recommendation", "continual-pretraining", "cprec"]}
+
+
+def _licence(path: str, base: dict[str, object], name: str | None) -> dict[str, object]:
+    """Licence fields; a link is a URL, or the LICENSE that the export has beside the card."""
+    found = {k: base[k] for k in ("license", "license_name", "license_link") if k in base} or {
+        "license": "other", "license_name": "as-base-model",
+        "license_link": f"https://huggingface.co/{name}" if name else LICENSE}
+    link = str(found.get("license_link"))
+    is_there = link.startswith("https://") or (link == LICENSE and (Path(path) / LICENSE).is_file())
+    return found if is_there else {k: v for k, v in found.items() if k != "license_link"}
+
+
+def _name_on_hub(path: str) -> str | None:
+    """The base model's name on Hugging Face's hub; None for a folder."""
+    return None if Path(path).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) else path
 
 
 def _base_card(path: str) -> dict[str, object]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cprec.errors import ConfigError, DataError
+from cprec.errors import CheckpointError, ConfigError, DataError
 from cprec.train.average import Corpora, _open_corpora, greedy, uniform, validation_loss
 
 
@@ -47,6 +47,12 @@ def test_a_uniform_average_is_the_mean_of_every_tensor_and_a_model(models: list[
     assert {p.name for p in (tmp_path / "sharded").glob("*.safetensors")} == {
         p.name for p in models[1].glob("*.safetensors")}
     AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
+
+
+def test_an_average_on_a_full_disk_is_one_clear_error_and_leaves_nothing(models: list[Path], tmp_path: Path) -> None:
+    with tiny.largest_file(40_000), pytest.raises(CheckpointError, match=r"cannot write below .*soup: File too large"):
+        uniform(models, tmp_path / "soup")
+    assert not list(tmp_path.iterdir())
 
 
 def test_16_bit_weights_are_summed_in_float32(models: list[Path], tmp_path: Path) -> None:

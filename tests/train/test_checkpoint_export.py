@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cprec.config import ParentConfig
 from cprec.data.corpora import read_data_record
-from cprec.errors import ConfigError, CPRecError
+from cprec.errors import CheckpointError, ConfigError, CPRecError
 from cprec.train import export as exporting
-from cprec.train.checkpoint import Checkpoint, list_checkpoints, read_run_config
+from cprec.train.checkpoint import BrokenError, Checkpoint, list_checkpoints, read_run_config
 from cprec.train.export import export
 from cprec.train.hub import check_can_push, push
 from cprec.train.model_card import model_card
@@ -113,10 +113,71 @@ def test_a_model_card_tells_base_licence_data_lineage_and_losses(checkpoint: Che
     text = model_card(config, checkpoint)
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["license"] == "apache-2.0" and metadata["language"] == ["en"]
-    assert metadata["base_model"] == config.model.path and metadata["library_name"] == "transformers"
+    assert "base_model" not in metadata and metadata["library_name"] == "transformers"
     for corpus in read_data_record(checkpoint.run_dir).corpora.values():
         assert corpus.rows_hash in text
     assert "1,024 tokens seen" in text and "| valid/toys |" in text and checkpoint.state_hash in text
+
+
+@pytest.mark.parametrize(("card", "has_file", "expected"), [
+    (None, True, {"license": "other", "license_name": "as-base-model", "license_link": "LICENSE"}),
+    (None, False, {"license": "other", "license_name": "as-base-model"}),
+    ("{license: other, license_name: mine, license_link: LICENSE}", True,
+     {"license": "other", "license_name": "mine", "license_link": "LICENSE"}),
+    ("{license: other, license_name: mine, license_link: /home/me/terms.txt}", True,
+     {"license": "other", "license_name": "mine"}),
+    ("{license: llama3, license_link: 'https://example.org/terms'}", False,
+     {"license": "llama3", "license_link": "https://example.org/terms"}),
+])
+def test_a_card_names_no_folder_of_this_machine_where_the_hub_wants_a_name_or_a_link(
+        checkpoint: Checkpoint, tmp_path: Path, card: str | None, has_file: bool, expected: dict[str, str]) -> None:
+    values = read_run_config(checkpoint.run_dir).model_dump()
+    model = Path(shutil.copytree(values["model"]["path"], tmp_path / "base"))
+    (model / "README.md").unlink()
+    if card:
+        (model / "README.md").write_text(f"---\n{card}\n---\n")
+    if has_file:
+        (model / "LICENSE").write_text("terms")
+    values["model"]["path"] = str(model)
+    metadata = yaml.safe_load(model_card(tiny.run_config(values), checkpoint).split("---")[1])
+    assert {k: v for k, v in metadata.items() if k.startswith("license")} == expected and "base_model" not in metadata
+    values["model"]["path"] = "Qwen/Qwen2.5-0.5B"
+    metadata = yaml.safe_load(model_card(tiny.run_config(values), checkpoint).split("---")[1])
+    assert metadata["base_model"] == "Qwen/Qwen2.5-0.5B"
+    assert metadata["license_link"] == "https://huggingface.co/Qwen/Qwen2.5-0.5B"
+
+
+@pytest.mark.parametrize("room", [100, 40_000])
+def test_an_export_to_a_full_disk_is_one_clear_error_and_with_room_it_is_made(
+        checkpoint: Checkpoint, tmp_path: Path, room: int) -> None:
+    """100 bytes: a library's own file fails; 40,000: the weights do."""
+    out = tmp_path / "hf"
+    with tiny.largest_file(room), pytest.raises(CheckpointError, match=r"cannot write .*hf.*bytes are free.*Make room"):
+        export(checkpoint, out, dtype=torch.float32)
+    assert not list(tmp_path.iterdir())
+    export(checkpoint, out, dtype=torch.float32)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_altered_checkpoint_is_not_exported_and_a_folder_with_something_else_is_left_alone(
+        checkpoint: Checkpoint, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(checkpoint.run_dir, tmp_path / "run"))
+    altered = list_checkpoints(run)[-1]
+    with (altered.folder / "rank_00000.safetensors").open("r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"\x99")
+    with pytest.raises(BrokenError, match=r"rank_00000.safetensors has not the hash"):
+        export(altered, tmp_path / "hf", dtype=torch.float32)
+    assert not (tmp_path / "hf").exists() and not (tmp_path / "hf.partial").exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists and holds something that is no export"):
+        export(checkpoint, foreign, dtype=torch.float32)
+    export(checkpoint, tmp_path / "hf", dtype=torch.float32)
+    with pytest.raises(CheckpointError, match=r"exists and holds .*float32.*give --out another folder"):
+        export(checkpoint, tmp_path / "hf", dtype=torch.bfloat16)
+    assert [p.name for p in foreign.iterdir()] == ["mine.txt"]
 
 
 def test_the_card_of_a_branch_names_its_ancestors_and_says_where_their_folders_are_gone(
