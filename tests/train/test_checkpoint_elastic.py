@@ -68,7 +68,7 @@ def test_weights_moments_counts_and_settings_of_every_group_are_loaded_bit_by_bi
             assert len({g["at"] for g in groups}) == len(groups) == 3  # a count of its own
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_a_run_of_two_ranks_goes_on_with_other_ranks_and_stages_and_has_the_losses_of_the_unbroken_one(
         runs: dict[str, dict[str, Any]], tmp_path: Path, ranks: int) -> None:
     configs = {"zero3": cut_short(runs["zero3"], tmp_path / "zero3"),
