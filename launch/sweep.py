@@ -36,6 +36,8 @@ def main() -> int:
         for job in jobs:
             print(f"{'# finished: ' if job.is_finished else ''}{sweep.command_of(job, args.launcher, SCRIPT)}")
         return 0
+    if not all(job.is_finished for job in jobs):
+        sweep.keep_parent(parent, out)
     if args.slurm:
         arguments = sweep.write_commands(jobs, args.launcher, SCRIPT, out)
         options = shlex.split(args.sbatch)
@@ -60,9 +62,16 @@ def _grid(args: argparse.Namespace) -> Grid:
     unit = next(u for u in ("steps", "tokens", "share") if getattr(args, u) is not None)
     lengths = [parse_settings(Length, {unit: n}, source=f"--{unit}")
                for n in _numbers(getattr(args, unit), f"--{unit}")]
-    seeds = [int(n) for n in _numbers(args.seed, "--seed")] if args.seed else [None]
+    seeds = _seeds(args.seed) if args.seed else [None]
     return Grid(lengths, args.shape.split(","), args.mix or [TRUNK], seeds, args.final_lr_ratio, args.packed,
                 args.overrides)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seed {text}: give whole numbers, with commas between them") from None
 
 
 def _numbers(text: str, option: str) -> list[float]:
@@ -91,7 +100,7 @@ def _arguments() -> argparse.Namespace:
     start = parser.add_argument_group("how they are run")
     start.add_argument("--launcher", default="deepspeed", help="what starts launch/anneal.py; default: deepspeed")
     start.add_argument("--slurm", choices=["write", "submit"],
-                       help="write OUT/commands.txt for an array job (launch/slurm/sweep.sbatch), with --launcher "
+                       help="write OUT/commands-HASH.txt for an array job (launch/slurm/sweep.sbatch), with --launcher "
                             "ranks for a rank per task; and submit it, from the repository")
     start.add_argument("--sbatch", default="", metavar="OPTIONS", help="further options of sbatch")
     start.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")

@@ -105,8 +105,8 @@ def train(config: RunConfig, *, traced: range = range(0), asked: list[int] | Non
     with name_refused_writes(run_dir), ExitStack() as held:
         _hold(run_dir, held)
         claim_run_folder(run_dir, plan)
-        if plan.config.parent and dist.rank() == 0:
-            lease(plan.config.parent, run_dir)
+        if (parent := plan.config.parent) and dist.rank() == 0:
+            lease(Path(parent.run_dir), parent.step, run_dir)
         return _train(plan, run_dir, traced, [] if asked is None else asked)
 
 

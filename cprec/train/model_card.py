@@ -55,7 +55,7 @@ def _metadata(config: RunConfig) -> dict[str, object]:
 
 def _licence(path: str, base: dict[str, object], name: str | None) -> dict[str, object]:
     """Licence fields; a link is a URL, or the LICENSE that the export has beside the card."""
-    found = {k: base[k] for k in ("license", "license_name", "license_link") if k in base} or {
+    found: dict[str, object] = {k: base[k] for k in ("license", "license_name", "license_link") if k in base} or {
         "license": "other", "license_name": "as-base-model",
         "license_link": f"https://huggingface.co/{name}" if name else LICENSE}
     link = str(found.get("license_link"))

@@ -2,7 +2,7 @@
 
 reads: the run's checkpoints and `run/branches/`, where a branch leaves a lease on the checkpoint that it began from.
 Kept are the last ones, the stable ones at multiples of `keep_stable_every`, the best by validation loss, and parents of
-living branches. A branch lives as long as its run folder does.
+living branches. A branch lives as long as its run folder does, a sweep as long as its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from cprec import dist
-from cprec.config import CheckpointConfig, ParentConfig
+from cprec.config import CheckpointConfig
 from cprec.errors import CheckpointError, ConfigError, raise_all
 from cprec.format import sync, write_atomically
 from cprec.log import get_logger
@@ -37,10 +37,12 @@ log = get_logger(__name__)
 
 
 class Lease(Settings):
-    """What a branch leaves with its parent: which checkpoint it needs, and where the branch is."""
+    """What a branch leaves with its parent: which checkpoint it needs, and where the branch is; or a sweep, with its
+    own folder, for those of its branches that have not begun."""
 
     run_dir: str
     step: int
+    is_of_sweep: bool = False
 
 
 def reasons_to_keep(checkpoints: list[Checkpoint], config: CheckpointConfig,
@@ -119,18 +121,19 @@ def _is_whole(rest: Path) -> bool:
         return False
 
 
-def lease(parent: ParentConfig, run_dir: Path) -> None:
-    """Have the parent keep the checkpoint that the branch in `run_dir` began from. Where the parent's folder may not be
-    written, a warning: nothing prunes it but its own run."""
-    folder = Path(parent.run_dir) / "branches"
-    value = Lease(run_dir=str(run_dir.absolute()), step=parent.step)
-    path = folder / f"{xxhash.xxh3_64_hexdigest(value.run_dir.encode())}.json"
+def lease(trunk: Path, step: int, run_dir: Path, *, is_of_sweep: bool = False) -> None:
+    """Have the run in `trunk` keep the checkpoint that the branch in `run_dir` began from, or those of the sweep there
+    will. Where its folder may not be written, a warning: nothing prunes it but its own run."""
+    folder = trunk / "branches"
+    value = Lease(run_dir=str(run_dir.absolute()), step=step, is_of_sweep=is_of_sweep)
+    whose = f"{value.run_dir}@{step}" if is_of_sweep else value.run_dir  # a sweep's folder may have two parents
+    path = folder / f"{xxhash.xxh3_64_hexdigest(whose.encode())}.json"
     try:
         folder.mkdir(exist_ok=True)
         write_atomically(path, value.model_dump_json(indent=1))
     except OSError as e:
-        log.warning("could not leave a lease in %s (%s): if that run goes on, it may prune %s, which this branch needs "
-                    "until its own first checkpoint", folder, e.strerror, checkpoint_name(parent.step))
+        log.warning("could not leave a lease in %s (%s): if that run goes on, it may prune %s, which %s needs until "
+                    "it has checkpoints of its own", folder, e.strerror, checkpoint_name(step), run_dir)
 
 
 def living_branches(run_dir: Path) -> dict[int, list[str]]:
@@ -152,6 +155,8 @@ def _lives(branch: Lease) -> bool:
     folder = Path(branch.run_dir)
     if not folder.parent.is_dir():
         return True  # its disk may not be mounted
+    if branch.is_of_sweep:
+        return folder.is_dir()
     if not (folder / CONFIG).is_file():
         return False
     try:

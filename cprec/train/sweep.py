@@ -1,8 +1,8 @@
 """A grid of annealings of one stable checkpoint: planned, run one after the other, or listed for a SLURM array job.
 
 reads: the checkpoint, and what its branches have left from before. writes: below the sweep's folder a run folder
-`<name>/` and a log `<name>.log` per annealing (launch/anneal.py does), `commands.txt` for SLURM. The grid is checked as
-a whole before anything starts; the trunk is never written to.
+`<name>/` and a log `<name>.log` per annealing (launch/anneal.py does), `commands-<hash>.txt` for SLURM; in the trunk's
+`branches/` a lease on the checkpoint. The grid is checked as a whole before anything starts.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
+import xxhash
+
 from cprec.cli import weights
 from cprec.config import Length, RunConfig
 from cprec.data.corpora import find_corpora
 from cprec.data.sampler import matching
 from cprec.errors import EXIT_REQUEUE, ConfigError, CPRecError, raise_all
+from cprec.format import write_atomically
 from cprec.log import get_logger
 from cprec.process import die_with_parent
 from cprec.train.branch import Annealing, annealing_config
-from cprec.train.checkpoint import CONFIG, Checkpoint, list_checkpoints, read_run_config
+from cprec.train.checkpoint import CONFIG, Checkpoint, list_checkpoints, read_checkpoint, read_run_config
 from cprec.train.metrics import read_metrics
+from cprec.train.retention import lease
 
 log = get_logger(__name__)
-COMMANDS = "commands.txt"
 TRUNK = "trunk"
 """The mixture that is the trunk's own."""
 JobState = Literal["finished", "skipped", "failed", "stopped", "to do"]
@@ -88,6 +91,14 @@ def plan_sweep(parent: Checkpoint, grid: Grid, out: Path) -> list[Job]:
     if twice:
         raise ConfigError(f"sweep: {', '.join(twice)} would be made twice; take out what the grid says twice")
     return jobs
+
+
+def keep_parent(parent: Checkpoint, out: Path) -> None:
+    """Have the trunk, which may go on training, keep `parent` for the branches below `out` that have not begun: as long
+    as that folder is there. Raises CheckpointError when it was pruned in this very moment."""
+    out.mkdir(parents=True, exist_ok=True)
+    lease(parent.run_dir, parent.state.step, out, is_of_sweep=True)
+    read_checkpoint(parent.folder)
 
 
 def _job(parent: Checkpoint, grid: Grid, out: Path, shape: str, length: Length, mix: str, seed: int | None) -> Job:
@@ -172,10 +183,12 @@ def log_of(job: Job) -> Path:
 
 
 def write_commands(jobs: Sequence[Job], launcher: str, script: Path, out: Path) -> list[str]:
-    """Write every job's command as a line of `out/commands.txt`; what to submit for those to be run still."""
+    """Write every job's command as a line of `out/commands-<hash>.txt`; what to submit for those to be run still. The
+    hash is of the lines: an array that waits in a queue finds the ones that it was submitted with."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / COMMANDS
-    path.write_text("".join(command_of(job, launcher, script) + "\n" for job in jobs), encoding="utf-8")
+    text = "".join(command_of(job, launcher, script) + "\n" for job in jobs)
+    path = out / f"commands-{xxhash.xxh3_64_hexdigest(text.encode())[:8]}.txt"
+    write_atomically(path, text)
     left = ",".join(str(i) for i, job in enumerate(jobs) if not job.is_finished)
     return [f"--array={left}", str(script.parent / "slurm/sweep.sbatch"), str(path)] if left else []
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from cprec import cli
-from cprec.config import Length
+from cprec.config import CheckpointConfig, Length
 from cprec.errors import CheckpointError, ConfigError
 from cprec.format import write_atomically
 from cprec.tokenizer import load_tokenizer
@@ -30,8 +30,10 @@ from cprec.train.branch import (
 )
 from cprec.train.checkpoint import Checkpoint, State, checkpoint_name, read_run_config
 from cprec.train.plan import Plan, build_plan
+from cprec.train.retention import living_branches, prune
 from cprec.train.run_folder import check_run_folder, claim_run_folder
 from launch import anneal
+from launch import sweep as launch_sweep
 
 FOUR = Length(steps=4)
 
@@ -348,6 +350,37 @@ def test_a_sweep_is_every_point_of_its_grid_and_checked_before_anything_starts(
         sweep.plan_sweep(stable, sweep.Grid([FOUR], ("liner", "sqrt"), (sweep.TRUNK, "mixd=1")), tmp_path)
     with pytest.raises(ConfigError, match="sqrt-4 would be made twice"):
         sweep.plan_sweep(stable, sweep.Grid([FOUR, FOUR]), tmp_path)
+
+
+def test_a_trunk_that_trains_on_keeps_the_parent_of_a_sweep_that_waits(stable: Checkpoint, tmp_path: Path) -> None:
+    out, keep_one = tmp_path / "out", CheckpointConfig(keep_last=1)
+    sweep.keep_parent(stable, out)
+    trunk = plan_of(read_run_config(stable.run_dir))
+    newer = save(trunk, 8)
+    sweep.keep_parent(newer, out)  # another parent of the same sweep does not let go of the first
+    save(trunk, 10)
+    assert prune(stable.run_dir, keep_one) == []
+    assert living_branches(stable.run_dir) == {6: [str(out)], 8: [str(out)]}
+    out.rmdir()
+    assert prune(stable.run_dir, keep_one) == [stable.folder.name, newer.folder.name]
+    with pytest.raises(CheckpointError, match=r"step_00000006 is no complete checkpoint"):
+        sweep.keep_parent(stable, out)
+
+
+def test_the_commands_of_an_array_in_the_queue_stay_when_the_grid_grows(stable: Checkpoint, tmp_path: Path) -> None:
+    def written(*shapes: str) -> Path:
+        jobs = sweep.plan_sweep(stable, sweep.Grid([FOUR], shapes), tmp_path / "out")
+        return Path(sweep.write_commands(jobs, "ranks", Path("launch/anneal.py"), tmp_path / "out")[-1])
+
+    one, two = written("sqrt"), written("linear", "sqrt")
+    assert one != two and one == written("sqrt")
+    assert [len(path.read_text().splitlines()) for path in (one, two)] == [1, 2] and "--shape sqrt" in one.read_text()
+
+
+def test_a_seed_of_a_sweep_is_a_whole_number(stable: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--from", str(stable.run_dir), "--steps", "4", "--seed", "1,1.5"])
+    with pytest.raises(ConfigError, match=r"--seed 1,1.5: give whole numbers"):
+        launch_sweep.main()
 
 
 @pytest.mark.parametrize(("launcher", "states"), [

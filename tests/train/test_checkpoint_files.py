@@ -213,8 +213,8 @@ def test_the_parent_of_a_living_branch_is_never_pruned(tmp_path: Path, like: Pat
     folder = saved(run, 4, 6, 8)[0]
     parent = ParentConfig(run_dir=str(run), step=4, state_hash=read_checkpoint(folder).state_hash)
     living = branch(tmp_path / "branch", parent, like)
-    lease(parent, living)
-    lease(parent, tmp_path / "never began")
+    lease(run, 4, living)
+    lease(run, 4, tmp_path / "never began")
     assert living_branches(run) == {4: [str(living)]}
     assert prune(run, config) == ["step_00000006"]
     (living / "config.yaml").unlink()
@@ -226,8 +226,7 @@ def test_a_pruning_that_was_killed_is_undone_only_where_a_living_branch_needs_al
     run = tmp_path / "run"
     folders = saved(run, 2, 4, 6, 8)
     for folder in folders[:3]:
-        lease(ParentConfig(run_dir=str(run), step=read_checkpoint(folder).state.step, state_hash="0"),
-              tmp_path / folder.name)
+        lease(run, read_checkpoint(folder).state.step, tmp_path / folder.name)
     for folder in folders[:2]:  # 2: it lives, but a file of its parent is gone already; 4: all is there; 6: it is gone
         branch(tmp_path / folder.name, ParentConfig(run_dir=str(run), step=int(folder.name[5:]), state_hash="0"), like)
     for folder in folders[:3]:
