@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from cprec.config import RunConfig
+from cprec.format import write_atomically
 from cprec.log import get_logger
 from cprec.train.trackers import Tracker, open_trackers
 
@@ -155,9 +156,7 @@ class MetricsLog:
             return
         path = run_dir / "metrics.jsonl"
         kept = [r for r in read_metrics(run_dir) if r["step"] <= resume_step]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        partial.replace(path)
+        write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._trackers = open_trackers(run_dir, config, resume_step=resume_step)
         self._file = path.open("a", encoding="utf-8")
 
