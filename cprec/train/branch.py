@@ -24,6 +24,7 @@ from cprec.schedule import check_shape
 from cprec.settings import apply_overrides, parse_settings
 from cprec.tokenizer import load_tokenizer
 from cprec.train.checkpoint import (
+    AVERAGED,
     CONFIG,
     EXPORTED,
     STATE,
@@ -96,6 +97,10 @@ def find_checkpoint(source: str, *, phases: Sequence[str] = ()) -> Checkpoint:
     run_dir = Path(path)
     if not run_dir.is_dir():
         raise CheckpointError(f"--from {source}: there is no run folder {path}")
+    if (run_dir / AVERAGED).is_file():
+        raise CheckpointError(f"--from {source}: an average of models has no checkpoint, no moments and no place in "
+                              f"the data to go on from; begin a run on it: launch/pretrain.py with a config in which "
+                              f"model.path={path} and schedule.warmup is its way back to the stable rate")
     if step == LATEST_STABLE:
         step, phases = "", ("stable",)
     if step and not step.isdigit():

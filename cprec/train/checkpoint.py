@@ -51,6 +51,7 @@ class State(Settings):
     valid_loss: float | None
     """Validation loss over all corpora, in nats per token; null where the step was not validated."""
     config_hash: str
+    """Hash of the run's `config.yaml` when this was saved; some fields of it may change while a run goes on."""
     data_hashes: dict[str, str]
     """Hash of the rows of each training corpus, by name, as in the run's `data.json`."""
     tokenizer_fingerprint: str

@@ -1,8 +1,9 @@
 """The family of a run: its parents, its branches and theirs, found from what their `config.yaml` say.
 
-reads: `config.yaml`, `data.json`, `metrics.jsonl` and checkpoint states of the named runs, of their parents, and of the
-runs beside them and in sweeps beside them. writes: nothing. Folders may have been moved, together or alone: a parent is
-looked for where it was, then beside its branch, and known by the hash of its checkpoint.
+reads: `config.yaml`, `data.json`, `metrics.jsonl` and checkpoint states of the named runs, of their parents, of the
+runs beside them and in sweeps beside them, and of those that have a lease with them. writes: nothing. Folders may have
+been moved, together or alone: a parent is looked for where it was, then beside its branch, and known by the hash of its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from cprec.log import get_logger
 from cprec.schedule import Schedule
 from cprec.train.checkpoint import CONFIG, STATE, checkpoint_name, checkpoints_dir, list_checkpoints, read_run_config
 from cprec.train.metrics import read_metrics
+from cprec.train.retention import living_branches
 
 log = get_logger(__name__)
 
@@ -86,7 +88,8 @@ def find_family(folders: Sequence[Path]) -> list[Member]:
         if folder not in found:
             found[folder] = member = _read(folder, asked)
             named += [member.parent] if member.parent else []
-            named += [f for f in _neighbours(folder) if f not in found and _parent_of(f, asked) in found]
+            named += [f for f in (*_neighbours(folder), *_leaseholders(folder))
+                      if f not in found and _parent_of(f, asked) in found]
     return _named_apart(list(_in_order(found)))
 
 
@@ -138,8 +141,23 @@ def _parent_of(folder: Path, asked: Sequence[Path]) -> Path | None:
 
 def _neighbours(folder: Path) -> Iterator[Path]:
     """Run folders beside a run and in folders beside it, such as a sweep's."""
-    for pattern in ("*", "*/*"):
-        for path in sorted(folder.parent.glob(f"{pattern}/{DATA}")):
+    return _runs_in(folder.parent, "*", "*/*")
+
+
+def _leaseholders(folder: Path) -> Iterator[Path]:
+    """Run folders, wherever they are, of the branches and sweeps that have a lease on a checkpoint of the run."""
+    try:
+        branches = living_branches(folder)
+    except CheckpointError as e:
+        log.warning("branches of %s elsewhere may be missing: %s", folder, e)
+        return
+    for place in sorted(place for places in branches.values() for place in places):
+        yield from _runs_in(Path(place), ".", "*")
+
+
+def _runs_in(folder: Path, *patterns: str) -> Iterator[Path]:
+    for pattern in patterns:
+        for path in sorted(folder.glob(f"{pattern}/{DATA}")):
             if (path.parent / CONFIG).is_file():
                 yield path.parent.resolve()
 

@@ -292,6 +292,8 @@ def _resume(engine: Engine, plan: Plan, start: Checkpoint | None) -> Progress:
         _check_same_data(plan, start)
         engine.load(SavedState(start.folder))
         log.info("loaded %s: step %d, %s tokens seen", start.folder, state.step, f"{state.tokens_seen:,}")
+        if start.run_dir == Path(plan.config.run_dir) and state.config_hash != _config_hash(plan):
+            log.info("it was saved under another config.yaml: fields that may change in a run have changed")
         if (state.world_size, state.zero_stage) != (plan.world_size, engine.zero_stage):
             log.info("it was saved by %s under ZeRO stage %d; this is %s under stage %d",
                      n_of(state.world_size, "rank"), state.zero_stage, n_of(plan.world_size, "rank"),
@@ -313,13 +315,18 @@ def _check_same_data(plan: Plan, start: Checkpoint) -> None:
                               f"data.packed={shown(plan.config.data.packed)}")
 
 
+def _config_hash(plan: Plan) -> str:
+    """Hash of the run's `config.yaml`."""
+    return xxhash.xxh3_128_hexdigest(dump_settings(plan.config).encode())
+
+
 def _state(plan: Plan, engine: Engine, progress: Progress) -> State:
     n, guard = progress.step, progress.guard
     return State(
         step=n, tokens_seen=n * plan.tokens_per_step, rows_seen=n * plan.config.batch.global_batch_size,
         lr=plan.schedule.lr(n), phase=plan.schedule.phase(n), bad_steps=guard.bad_steps,
         recent_norms=guard.recent_norms, quarantine=guard.quarantine, valid_loss=progress.valid_loss,
-        config_hash=xxhash.xxh3_128_hexdigest(dump_settings(plan.config).encode()),
+        config_hash=_config_hash(plan),
         data_hashes={name: c.rows_hash for name, c in plan.data.corpora.items()},
         tokenizer_fingerprint=next(iter(plan.train.values())).tokenizer.fingerprint,
         world_size=plan.world_size, zero_stage=engine.zero_stage, parent=plan.config.parent, files={})

@@ -13,8 +13,9 @@ import yaml
 from cprec.config import RunConfig
 from cprec.data.corpora import DataRecord, read_data_record
 from cprec.errors import CPRecError
+from cprec.format import file_hash
 from cprec.template import Template
-from cprec.train.checkpoint import Checkpoint, read_run_config
+from cprec.train.checkpoint import CONFIG, Checkpoint, read_run_config
 from cprec.train.metrics import read_metrics
 
 LICENSE = "LICENSE"
@@ -36,11 +37,20 @@ def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
         f"- prompt template {data.template.name!r}: {_shape(data.template)}" if data.template else "- plain text only",
         f"- leak audit of the training data: {'passed' if data.is_audited else 'not passed'}",
         f"- `state.json` of the checkpoint: {checkpoint.state_hash}",
+        f"- `config.yaml` of the run: {_state_of_config(checkpoint)}",
         "", "## Lineage", "", *_lineage(config, checkpoint), "", "## Data", "", *_data(data), "",
         "## Validation", "", *_validation(checkpoint), "", "## Licence", "",
         f"The licence of the base model, `{config.model.path}`, applies to these weights; the terms of the training "
         f"data may add to it.", "",
     ])
+
+
+def _state_of_config(checkpoint: Checkpoint) -> str:
+    """Its hash, and whether it is still what the checkpoint was trained under."""
+    found = file_hash(checkpoint.run_dir / CONFIG)
+    known = checkpoint.state.config_hash
+    return found if found == known else f"{found}; when the checkpoint was saved {known}: the run has since gone on " \
+                                        f"with other settings, of those that may change"
 
 
 def _metadata(config: RunConfig) -> dict[str, object]:

@@ -29,8 +29,9 @@ from cprec.train.branch import (
     rewarming_config,
 )
 from cprec.train.checkpoint import Checkpoint, State, checkpoint_name, read_run_config
+from cprec.train.family import find_family
 from cprec.train.plan import Plan, build_plan
-from cprec.train.retention import living_branches, prune
+from cprec.train.retention import lease, living_branches, prune
 from cprec.train.run_folder import check_run_folder, claim_run_folder
 from launch import anneal
 from launch import sweep as launch_sweep
@@ -270,6 +271,27 @@ def test_an_export_begins_a_new_trunk_with_a_warm_up_and_rows_in_another_order(
     assert (new.config.model.path, new.config.parent, new.first_step) == (str(folder), None, 0)
     assert [new.schedule.lr(n) for n in range(4)] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2])
     assert new.config.data.seed == 1 and restarting_config(folder, Rewarming(FOUR, seed=7)).data.seed == 7
+
+
+def test_an_average_is_told_apart_from_a_run_with_what_to_do_instead(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cprec_average.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["anneal.py", "--from", str(tmp_path), "--rewarm", "2", "--steps", "4"])
+    with pytest.raises(CheckpointError, match=rf"average of models.*launch/pretrain.py.*model.path={tmp_path}"):
+        anneal.main()
+
+
+def test_a_branch_that_stands_elsewhere_is_found_by_its_lease(
+        stable: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> None:
+    away = tmp_path_factory.mktemp("away")
+    for where in (away / "branch", away / "deeper/sweep/sqrt-4"):
+        plan = plan_of(annealing_config(stable, Annealing(FOUR, run_dir=str(where))))
+        claim_run_folder(where, plan)
+    assert [m.folder for m in find_family([stable.run_dir])] == [stable.run_dir]
+    lease(stable.run_dir, 6, away / "branch")
+    lease(stable.run_dir, 6, away / "deeper/sweep", is_of_sweep=True)
+    assert [m.folder for m in find_family([stable.run_dir])] == [
+        stable.run_dir, away / "branch", away / "deeper/sweep/sqrt-4"]
 
 
 @pytest.mark.parametrize(("schedule", "phases"), [

@@ -116,6 +116,7 @@ def test_a_model_card_tells_base_licence_data_lineage_and_losses(checkpoint: Che
     assert "base_model" not in metadata and metadata["library_name"] == "transformers"
     for corpus in read_data_record(checkpoint.run_dir).corpora.values():
         assert corpus.rows_hash in text
+    assert f"`config.yaml` of the run: {checkpoint.state.config_hash}\n" in text
     assert "1,024 tokens seen" in text and "| valid/toys |" in text and checkpoint.state_hash in text
 
 
