@@ -25,12 +25,13 @@ from cprec.loss import row_losses
 
 log = get_logger(__name__)
 UNSUPPORTED = {
-    "logits_scaling": "scales its logits, which the chunked loss does not do",
-    "logit_scale": "scales its logits, which the chunked loss does not do",
+    "logits_scaling": "scales its logits, which neither the chunked loss nor ranking does",
+    "logit_scale": "scales its logits, which neither the chunked loss nor ranking does",
 }
 """Config fields of models whose mathematics we would silently change."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-"""Layers whose backends isolate documents; convolutions, linear attention and chunks would carry state across them."""
+"""Layers whose backends isolate documents, and prefixes of a search; convolutions, linear attention and chunks would
+carry state across them."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,7 @@ def load_for_training(path: str, *, backend: str, dtype: torch.dtype, seq_len: i
     config.pad_token_id = None  # its embedding would get no gradient, though it may be a token of the text (bos, eos)
     lm = _load(path, config=config, dtype=dtype, attn_implementation=attention.BACKENDS[backend].implementation,
                trust_remote_code=trust_remote_code)
-    if not lm._supports_attention_backend or lm._is_stateful:
-        raise ConfigError(f"model.path={path!r}: {type(lm).__name__} keeps a state or an attention of its own, which "
-                          f"would not stop at a document's end; it is not supported")
+    refuse_own_attention(lm, path)
     _enlarge_vocabulary(lm, vocab_size)
     lm.config.use_cache = False  # with a cache, transformers silently stops isolating documents
     _switch_off_dropout(lm)
@@ -193,25 +192,49 @@ def _load(path: str, **options: Any) -> PreTrainedModel:
         raise ConfigError(f"the weights of model {path!r} cannot be loaded: {type(e).__name__}: {e}") from e
 
 
-def _misfits(config: Any, *, seq_len: int, backend: str) -> list[str]:
+def misfits(config: Any) -> list[str]:
+    """What makes the model of a transformers config one whose tokens attention cannot be told to keep apart, or whose
+    mathematics is not ours: neither training on packed rows nor exact ranking would be right with it."""
     if config.get_text_config() is not config:
         return [f"{type(config).__name__} is a model of more than text; give its language model alone"]
     problems = [f"its {field}={value}: it {why}" for field, why in UNSUPPORTED.items()
                 if (value := getattr(config, field, None)) not in (None, 1, 1.0)]
+    if others := sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES):
+        problems.append(f"its layers of type {', '.join(others)} would not stop at a document's end, nor keep the "
+                        f"prefixes of a search apart")
+    if getattr(config, "use_bidirectional_attention", None):
+        problems.append("use_bidirectional_attention is set: it is no causal language model")
+    return problems
+
+
+def refuse_own_attention(lm: PreTrainedModel, path: str) -> None:
+    """Raise ConfigError for a loaded model that computes attention itself, or carries a state beside it."""
+    if not lm._supports_attention_backend or lm._is_stateful:
+        raise ConfigError(f"model.path={path!r}: {type(lm).__name__} keeps a state or an attention of its own, which "
+                          f"would not stop at a document's end, nor keep the prefixes of a search apart; it is not "
+                          f"supported")
+
+
+def longrope_limit(config: Any) -> int | None:
+    """Tokens up to which positions mean the same in every batch; None: all. Beyond, LongRoPE turns all of a batch's
+    positions otherwise where one of its texts is longer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
+
+
+def _misfits(config: Any, *, seq_len: int, backend: str) -> list[str]:
+    problems = misfits(config)
+    if config.get_text_config() is not config:
+        return problems
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and context < seq_len:
         problems.append(f"max_position_embeddings={context} is less than the packed rows' seq_len={seq_len}; "
                         f"pack shorter rows")
-    if others := sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES):
-        problems.append(f"its layers of type {', '.join(others)} would not stop at a document's end")
-    if getattr(config, "use_bidirectional_attention", None):
-        problems.append("use_bidirectional_attention is set: it is no causal language model")
     if getattr(config, "attn_logit_softcapping", None) and not attention.BACKENDS[backend].caps_scores:
         able = ", ".join(name for name, b in attention.BACKENDS.items() if b.caps_scores)
         problems.append(f"its attn_logit_softcapping={config.attn_logit_softcapping}: the attention backend {backend} "
                         f"does not cap scores; set model.attention to one that does: {able}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope" and seq_len > (short := rope["original_max_position_embeddings"]):
+    if (short := longrope_limit(config)) is not None and seq_len > short:
         problems.append(f"its rotary positions change for the whole batch where one document is longer than {short} "
                         f"tokens; pack rows of at most {short}")
     return problems

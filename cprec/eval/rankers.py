@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cprec import dist
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, raise_all
 from cprec.eval.baselines import Baseline, rank_by_baseline
 from cprec.eval.beam import OpenGeneration, beam_lists
 from cprec.eval.choice import N_ORDERS, letter_ids, options_text, rank_choices
@@ -29,7 +29,7 @@ from cprec.eval.tree_attention import TREE_ATTENTION
 from cprec.eval.trie import Bools, Trie, build_trie
 from cprec.eval.walk import TrieTensors
 from cprec.log import get_logger
-from cprec.model import UNSUPPORTED, load_config, load_for_inference
+from cprec.model import load_config, load_for_inference, longrope_limit, misfits, refuse_own_attention
 from cprec.template import Template
 from cprec.tokenizer import Tokenizer, load_tokenizer
 
@@ -94,20 +94,27 @@ class LoadedModel:
 
 
 def load_model(folder: Path, protocol: str, dtype: str) -> LoadedModel:
-    """The model of a folder on this process's device. Raises ConfigError for one that cannot be ranked exactly."""
+    """The model of a folder on this process's device. Raises ConfigError for one that cannot be ranked exactly.
+
+    Of a model with LongRoPE the context is what its positions mean the same in, whoever is ranked with whom.
+    """
+    config = load_config(str(folder), trust_remote_code=False)
+    raise_all(misfits(config), of=f"the model in {folder}")
     attention = TREE_ATTENTION
     if parse_protocol(protocol).kind == "open":  # transformers' sdpa silently leaves capped scores uncapped
-        caps = getattr(load_config(str(folder), trust_remote_code=False), "attn_logit_softcapping", None)
-        attention = "eager" if caps else "sdpa"
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     lm = load_for_inference(str(folder), attention=attention, dtype=DTYPES[dtype], device=dist.device())
-    odd = [f"{field}={value}" for field in UNSUPPORTED if (value := getattr(lm.config, field, None)) not in (None, 1)]
-    if odd:
-        raise ConfigError(f"the model in {folder} scales its logits ({', '.join(odd)}), which ranking does not do")
+    refuse_own_attention(lm, str(folder))
     tokenizer = load_tokenizer(str(folder))
     if tokenizer.vocab_size > lm.config.vocab_size:
         raise ConfigError(f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1}, the model knows "
                           f"{lm.config.vocab_size}; they do not belong together")
-    return LoadedModel(lm, tokenizer, int(lm.config.max_position_embeddings))
+    context, steady = int(config.max_position_embeddings), longrope_limit(config)
+    if steady is not None and steady < context:
+        log.warning("the model's positions change beyond %d tokens (LongRoPE): longer prompts lose their oldest items",
+                    steady)
+        context = steady
+    return LoadedModel(lm, tokenizer, context)
 
 
 class Answerer:
