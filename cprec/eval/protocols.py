@@ -65,14 +65,14 @@ def parse_protocol(text: str) -> Protocol:
 def negatives(protocol: Protocol, queries: DomainQueries, i: int, *, seed: int) -> Ints:
     """The negatives of query i, different items, in the order drawn; fewer where there are fewer candidates.
 
-    They follow from the seed, the domain, the user and the moment alone, so every model gets the same ones. By
-    popularity, items without an event in the training window are only drawn when all others are.
+    They follow from the seed, the domain, the user and the moment alone, so every model gets the same ones, and
+    multiple choice those of the uniform protocol. By popularity, items without an event in the training window are only
+    drawn when all others are.
     """
     target = int(queries.targets[i])
     others = np.flatnonzero(queries.candidates(i))
     others = others[others != target]
-    name = f"{seed}\x1f{queries.domain}\x1f{queries.user_ids[i]}\x1f{queries.query_ts[i]}\x1f{protocol.kind}"
-    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+    rng = _rng(queries, i, seed=seed, use="popularity" if protocol.kind == "popularity" else "uniform")
     if protocol.kind != "popularity":
         uniform: Ints = rng.permutation(others)[:protocol.n]
         return uniform
@@ -82,6 +82,18 @@ def negatives(protocol: Protocol, queries: DomainQueries, i: int, *, seed: int) 
         keys = np.where(weight > 0, np.log(rng.random(len(others))) / weight, -np.inf)
     weighted: Ints = others[np.argsort(-keys, kind="stable")][:protocol.n]
     return weighted
+
+
+def orders(options: Ints, queries: DomainQueries, i: int, *, n: int, seed: int) -> list[Ints]:
+    """`n` random orders of query i's options, from what its negatives follow from."""
+    rng = _rng(queries, i, seed=seed, use="orders")
+    return [rng.permutation(options) for _ in range(n)]
+
+
+def _rng(queries: DomainQueries, i: int, *, seed: int, use: str) -> np.random.Generator:
+    """What is drawn for query i and one use, wherever the query stands in its file."""
+    name = f"{seed}\x1f{queries.domain}\x1f{queries.user_ids[i]}\x1f{queries.query_ts[i]}\x1f{use}"
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
 
 
 def sampled(protocol: Protocol, queries: DomainQueries, i: int, *, seed: int) -> Bools:

@@ -21,7 +21,7 @@ from cprec.eval.baselines import Baseline, rank_by_baseline
 from cprec.eval.beam import OpenGeneration, beam_lists
 from cprec.eval.choice import N_ORDERS, letter_ids, options_text, rank_choices
 from cprec.eval.metrics import Ranked
-from cprec.eval.protocols import negatives, parse_protocol, sampled
+from cprec.eval.protocols import negatives, orders, parse_protocol, sampled
 from cprec.eval.queries import DomainQueries, Prompt, Prompts, encode_lines
 from cprec.eval.rank import Ranker, null_log_probs
 from cprec.eval.scoring import MeanScoring, PmiScoring, Scoring, SumScoring
@@ -223,14 +223,13 @@ class Answerer:
 
         def one(i: int) -> Answered:
             drawn = np.append(negatives(self.protocol, queries, i, seed=self.seed), queries.targets[i])
-            rng = np.random.default_rng([self.seed, i])
-            orders = [rng.permutation(drawn) for _ in range(N_ORDERS)]
-            tails = [options_text(catalogue, order) for order in orders]
+            shuffled = orders(drawn, queries, i, n=N_ORDERS, seed=self.seed)
+            tails = [options_text(catalogue, order) for order in shuffled]
             room = model.context - max(map(len, tokenizer.encode(tails)))
             kept = Prompts(self.template, tokenizer, lines, max_tokens=room).prompt(queries.histories[i])
             shown = "".join(catalogue.lines[j] for j in queries.histories[i][kept.n_dropped:])
             ids = [tokenizer.encode_start(f"{self.template.lead_in}{shown}{tail}") for tail in tails]
-            ranked = rank_choices(model.lm, tensors, ids, orders, int(queries.targets[i]), letters[:len(drawn)],
+            ranked = rank_choices(model.lm, tensors, ids, shuffled, int(queries.targets[i]), letters[:len(drawn)],
                                   top_k=self.top_k)
             return Answered(ranked, True, kept.n_dropped, n_tokens=sum(map(len, ids)))
         return answer

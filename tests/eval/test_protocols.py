@@ -10,7 +10,7 @@ import pytest
 
 from cprec.errors import ConfigError
 from cprec.eval.metrics import hits_at, ndcg_at
-from cprec.eval.protocols import Protocol, expected_metric, negatives, parse_protocol, sampled
+from cprec.eval.protocols import Protocol, expected_metric, negatives, orders, parse_protocol, sampled
 from cprec.eval.queries import DomainQueries, load_queries
 from tests.eval.folders import Query, Shop, write_queries
 
@@ -46,6 +46,23 @@ def test_negatives_are_other_candidates_and_the_same_for_every_model(queries: Do
         assert drawn.tolist() != negatives(Protocol(kind, 19), queries, i, seed=4).tolist()
         mask = sampled(Protocol(kind, 19), queries, i, seed=3)
         assert mask[target] and mask.sum() == 20
+
+
+def test_multiple_choice_has_the_negatives_of_the_uniform_protocol(queries: DomainQueries) -> None:
+    for i in range(2):
+        uniform, choice, popular = (negatives(Protocol(kind, 19), queries, i, seed=3).tolist()
+                                    for kind in ("uniform", "choice", "popularity"))
+        assert choice == uniform != popular
+
+
+def test_orders_of_options_are_the_users_wherever_the_query_stands(queries: DomainQueries, tmp_path: Path) -> None:
+    alone = load_queries(write_queries(tmp_path / "alone", {"food": Shop(
+        [f"T{i}" for i in range(60)], [Query("u1", [4], 7, query_ts=300)])}), "food")
+    options = np.arange(9)
+    second, only, first = (np.stack(orders(options, q, i, n=4, seed=3)).tolist()
+                           for q, i in ((queries, 1), (alone, 0), (queries, 0)))
+    assert second == only != first and all(sorted(order) == options.tolist() for order in second)
+    assert len({tuple(order) for order in second}) == 4
 
 
 def test_popular_items_are_drawn_first_and_unsold_ones_last(queries: DomainQueries) -> None:
