@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as torch_dist
@@ -50,10 +51,11 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def init() -> None:
+def init(*, timeout: timedelta | None = None) -> None:
     """Join the run's process group (NCCL on GPUs, gloo on CPUs) and take this rank's share of the machine's cores.
 
-    Raises ConfigError where ranks do not see a GPU each, or do not know where to meet.
+    `timeout`: how long a collective waits for the others; None: torch's own (10 minutes on GPUs, 30 on CPUs). Raises
+    ConfigError where ranks do not see a GPU each, or do not know where to meet.
     """
     if torch_dist.is_initialized():
         return
@@ -68,9 +70,9 @@ def init() -> None:
                               f"{torch.cuda.device_count()} GPU; start one rank per GPU, and let each see all of its "
                               f"node's GPUs (srun: --gpus-per-node, not --gpus-per-task)")
         torch.cuda.set_device(device())
-        torch_dist.init_process_group("nccl", device_id=device())
+        torch_dist.init_process_group("nccl", device_id=device(), timeout=timeout)
     else:
-        torch_dist.init_process_group("gloo")
+        torch_dist.init_process_group("gloo", timeout=timeout)
         _take_cores()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 from cprec import cli, dist
@@ -24,6 +25,9 @@ from cprec.eval.rankers import DTYPES
 from cprec.eval.report import to_text, write_report
 from cprec.eval.run import EvalOptions, evaluate, expectation, refuse_full
 from cprec.process import only_writer
+
+LONGEST_WAIT = timedelta(days=30)
+"""For the process with the most to rank: whoever has finished only waits, and a lost one ends all of them anyway."""
 
 
 def parse_arguments() -> tuple[EvalOptions, str | None]:
@@ -67,7 +71,7 @@ def main() -> None:
     if full is not None:
         refuse_full(options, full)
     if "RANK" in os.environ:
-        dist.init()
+        dist.init(timeout=LONGEST_WAIT)
     try:
         with only_writer(Path(options.out)) if dist.rank() == 0 else nullcontext():
             manifest = evaluate(options)

@@ -10,8 +10,8 @@ reads: a Hugging Face folder (or a baseline's name), a queries folder. writes, b
     manifest.json                        last: `out` is finished
 
 costs: see `cprec.eval.rank`; every process holds the queries of all domains, and fits a baseline to those that it has
-parts of. A kill loses at most one part per process. Process r takes the parts r, r + n, ...; the same command goes on
-with any number of processes.
+parts of. A kill loses at most one part per process. Of the parts that are missing at the start, process r takes those
+numbered r, r + n, ...; the same command goes on with any number of processes.
 """
 
 from __future__ import annotations
@@ -242,13 +242,9 @@ def _parts(queries: DomainQueries) -> list[range]:
 
 def _rank_missing_parts(options: EvalOptions, domains: Mapping[str, DomainQueries], manifest: QueriesManifest,
                         model_folder: Path | None, out: Path) -> None:
-    """Write what is missing of this process's parts; the model is loaded only if one is."""
-    everything = [(d, p) for d, q in domains.items() for p in range(len(_parts(q)))]
-    missing = [(d, p) for d, p in everything[dist.rank()::dist.world_size()] if not _part(out, d, p).is_file()]
-    mine = {domain: [p for d, p in missing if d == domain] for domain in domains}
-    n_missing, n_all = len(missing), len(everything)
-    log.info("process %d ranks %d of %d parts of %d queries", dist.rank(), n_missing, n_all, QUERIES_PER_PART)
-    if not n_missing:
+    """Write this process's share of what is missing; the model is loaded only if there is some. Collective."""
+    mine = _share_of_missing(domains, out)
+    if not any(mine.values()):
         return
 
     def fit(queries: DomainQueries) -> Baseline:
@@ -265,6 +261,20 @@ def _rank_missing_parts(options: EvalOptions, domains: Mapping[str, DomainQuerie
             table = _table(queries, parts[p], answer(parts[p]))
             seconds = f"{time.monotonic() - start_s:.3f}".encode()
             _write(table.replace_schema_metadata({SECONDS: seconds}), _part(out, domain, p))
+
+
+def _share_of_missing(domains: Mapping[str, DomainQueries], out: Path) -> dict[str, list[int]]:
+    """Of each domain, the missing parts that this process ranks: every n-th of those that process 0 finds. Collective.
+
+    They are dealt anew at every start, so that all processes have work whatever the ones before had finished.
+    """
+    everything = [(d, p) for d, q in domains.items() for p in range(len(_parts(q)))]
+    absent = [i for i, (d, p) in enumerate(everything) if not _part(out, d, p).is_file()] if dist.rank() == 0 else []
+    missing = [everything[int(i)] for i in dist.gather_texts([str(i) for i in absent])]
+    mine = missing[dist.rank()::dist.world_size()]
+    log.info("%d of %d parts of %d queries are missing; process %d ranks %d of them", len(missing), len(everything),
+             QUERIES_PER_PART, dist.rank(), len(mine))
+    return {domain: [p for d, p in mine if d == domain] for domain in domains}
 
 
 def _fit(options: EvalOptions, queries: DomainQueries, out: Path | None) -> Baseline:

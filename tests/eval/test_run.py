@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +24,8 @@ from cprec.tokenizer import load_tokenizer
 from data_prep.templates import TEMPLATES
 from tests.eval.folders import TEMPLATE, TOKENIZER_VOCAB, Query, Shop, write_queries, write_tokenizer
 from tests.eval.models import plain_scores, random_model
+from tests.eval.scripts import run_script
 
-REPOSITORY = Path(__file__).parents[2]
 TITLES = ["Milk", "Bread", "Oat milk", "Bread roll", "Jam", "Milk", "Tea", "Teapot", "Salt", "Oats", "Oat bar", "Rye"]
 FOOD = Shop(TITLES, [
     Query("u0", [0, 1, 2], 4), Query("u1", [6], 7), Query("u2", [3, 8, 9], 5, is_cold=True), Query("u3", [10, 11], 0),
@@ -175,17 +172,10 @@ def test_popularity_answers_in_the_same_schema_without_a_likelihood(options: Eva
     assert table["top10"][0].as_py() == [3, 4, 5, 6, 7, 8, 9, 10, 11]
 
 
-def run_script(*arguments: str, n_processes: int | None = None) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable] if n_processes is None else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
-    return subprocess.run([*start, str(REPOSITORY / "launch" / "rank.py"), *arguments], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}, timeout=300)
-
-
 def test_two_processes_give_what_one_gives(options: EvalOptions, tmp_path: Path) -> None:
     evaluate(options)
-    done = run_script("--model", str(options.model), "--queries", options.queries, "--out", str(tmp_path / "two"),
-                      "--dtype", "float64", n_processes=2)
+    done = run_script("rank.py", "--model", str(options.model), "--queries", options.queries, "--dtype", "float64",
+                      "--out", str(tmp_path / "two"), n_processes=2)
     assert done.returncode == 0, done.stderr
     for domain in ("food", "toys"):
         one, two = (pq.read_table(Path(out) / f"{domain}.parquet") for out in (options.out, tmp_path / "two"))
@@ -197,8 +187,29 @@ def test_two_processes_give_what_one_gives(options: EvalOptions, tmp_path: Path)
     assert (tmp_path / "two" / "report.md").is_file()
 
 
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_missing_parts_are_shared_out_anew_among_any_number_of_processes(tmp_path: Path, first: int, then: int) -> None:
+    asked = [Query(f"u{i:02d}", [i % 12], (i + 5) % 12) for i in range(70)]
+    queries = write_queries(tmp_path / "queries", {"food": replace(FOOD, queries=asked), "toys": TOYS})
+    out, given = tmp_path / "eval", ("--baseline", "popularity", "--queries", str(queries), "--out")
+    evaluate(EvalOptions(queries=str(queries), out=str(tmp_path / "whole"), baseline="popularity"))
+    done = run_script("rank.py", *given, str(out), n_processes=first)
+    assert done.returncode == 0, done.stderr
+    kept = (out / "parts" / "food.00001.parquet").stat().st_mtime_ns
+    # of six parts 0 2 4 are missing, which always were one process's
+    for name in (MANIFEST, "parts/food.00000.parquet", "parts/food.00002.parquet", "parts/food.00004.parquet"):
+        (out / name).unlink()
+    done = run_script("rank.py", *given, str(out), n_processes=then)
+    assert done.returncode == 0, done.stderr
+    share = {1: 3, 2: 2}[then]
+    assert f"3 of 6 parts of 16 queries are missing; process 0 ranks {share} of them" in done.stderr
+    assert (out / "parts" / "food.00001.parquet").stat().st_mtime_ns == kept
+    for domain in ("food", "toys"):
+        assert pq.read_table(out / f"{domain}.parquet") == pq.read_table(tmp_path / "whole" / f"{domain}.parquet")
+
+
 def test_an_error_of_the_user_is_one_message_and_its_exit_code(queries: Path, tmp_path: Path) -> None:
-    done = run_script("--baseline", "popular", "--queries", str(queries), "--out", str(tmp_path / "x"))
+    done = run_script("rank.py", "--baseline", "popular", "--queries", str(queries), "--out", str(tmp_path / "x"))
     assert (done.returncode, done.stdout) == (ConfigError.exit_code, "")
     assert done.stderr == "\nConfigError: ranking: baseline='popular' is none; did you mean 'popularity'?\n"
 
@@ -267,8 +278,8 @@ def test_sampled_candidates_are_ranked_as_in_the_full_catalogue_and_kept(
 
 def test_what_the_full_ranks_make_one_expect_is_printed_beside(options: EvalOptions, tmp_path: Path) -> None:
     evaluate(options)
-    done = run_script("--model", str(options.model), "--queries", options.queries, "--out", str(tmp_path / "few"),
-                      "--dtype", "float64", "--protocol", "uniform-20", "--full", options.out)
+    done = run_script("rank.py", "--model", str(options.model), "--queries", options.queries, "--dtype", "float64",
+                      "--out", str(tmp_path / "few"), "--protocol", "uniform-20", "--full", options.out)
     assert done.returncode == 0, done.stderr
     ranks = pq.read_table(Path(options.out) / "toys.parquet")["rank"].to_numpy()
     # 20 negatives are all that there are, so nothing is left to chance
