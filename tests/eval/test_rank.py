@@ -242,6 +242,23 @@ def test_sixteen_bit_scores_stay_within_a_twentieth_of_a_nat_per_token() -> None
     assert max(abs(a.log_prob - b.log_prob) / len(line) for (a, b), line in zip(pairs, lines, strict=True)) < 0.05
 
 
+def test_a_sixteen_bit_rank_lies_between_the_brute_force_ranks_at_that_tolerance() -> None:
+    lines = catalogue()
+    model = random_model(vocab_size=VOCAB, dtype=torch.bfloat16, spread=0.1)
+    plain = random_model(vocab_size=VOCAB, spread=0.1, attention=PLAIN)  # the same weights, unrounded, in float64
+    n, prompt, wide = len(lines), prompt_of(9), []
+    scores, lens = np.array(plain_scores(plain, prompt, lines)), np.array([len(line) for line in lines])
+    found = Ranker(model, build_trie(lines)).rank([prompt] * n, range(n), np.ones((n, n), dtype=bool))
+    for target, answer in enumerate(found):
+        others = np.arange(n) != target
+        apart = 0.05 * (lens + lens[target])  # nats: what both lines' scores may be off together
+        best = 1 + (scores - scores[target] > apart)[others].sum()
+        worst = 1 + (scores - scores[target] > -apart)[others].sum()
+        assert answer.certified and best <= answer.ranked.rank <= worst
+        wide.append(worst - best)
+    assert np.median(wide) < n / 3  # a rank that means nothing would not lie in there
+
+
 def test_the_null_scores_are_those_of_plain_forwards() -> None:
     lines = catalogue()
     model, plain = (random_model(vocab_size=VOCAB, attention=a) for a in ("cprec_tree", "sdpa"))
