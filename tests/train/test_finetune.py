@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import shops
 import torch
+from safetensors.torch import load_file
 
 from cprec import base
 from cprec.errors import ConfigError
@@ -83,15 +84,20 @@ def options(model: Path, prepared: Path, run: Path, *rest: str) -> list[str]:
     return ["--model", str(model), "--packed", str(prepared / "packed"), "--run-dir", str(run), *rest]
 
 
-def test_a_model_learns_its_shots_is_exported_and_ranks(prepared: Path, tmp_path: Path) -> None:
-    model, run = tmp_path / "model", tmp_path / "run"
-    base.make_small_llama(prepared / "tokenizer", model, hidden_size=32, n_layers=2, n_heads=2, context=512, seed=0)
+def tune(model: Path, prepared: Path, run: Path, *given: str) -> None:
+    """8 shots of toys by launch/finetune.py, with these options too."""
     command = [sys.executable, str(REPO / "launch/finetune.py"), *options(
-        model, prepared, run, "--corpus", "specific/toys", "--shots", "8", "--epochs", "3", "optimizer.peak_lr=2e-2",
-        "validation.every=null", "log_every=1")]
+        model, prepared, run, "--corpus", "specific/toys", "--shots", "8", *given,
+        "optimizer.peak_lr=2e-2", "validation.every=null", "log_every=1")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=REPO,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_model_learns_its_shots_is_exported_and_ranks(prepared: Path, tmp_path: Path) -> None:
+    model, run = tmp_path / "model", tmp_path / "run"
+    base.make_small_llama(prepared / "tokenizer", model, hidden_size=32, n_layers=2, n_heads=2, context=512, seed=0)
+    tune(model, prepared, run, "--epochs", "3")
     log = [r for r in read_metrics(run) if r["kind"] == "train"]
     assert set(log[0]["loss_by_corpus"]) == {"shots/toys-8"} and log[-1]["loss"] < 0.7 * log[0]["loss"]
     assert log[-1]["lr"] < 0.4e-2 < 1.8e-2 < max(r["lr"] for r in log)  # up, and down in a line
@@ -104,6 +110,20 @@ def test_a_model_learns_its_shots_is_exported_and_ranks(prepared: Path, tmp_path
     nll = {c.model: c.mean for c in report.cells if (c.row, c.metric) == ("toys", "NLL")}
     assert nll["tuned"] < 0.8 * nll["zero"]
     assert [d.mean for d in report.differences if d.metric == "NLL"] == [pytest.approx(nll["tuned"] - nll["zero"])]
+
+
+def test_adapters_alone_learn_the_shots_and_are_exported_merged(prepared: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed: pip install 'cprec[lora]'")
+    model, run = tmp_path / "model", tmp_path / "run"
+    base.make_small_llama(prepared / "tokenizer", model, hidden_size=32, n_layers=2, n_heads=2, context=512, seed=0)
+    tune(model, prepared, run, "--epochs", "3", "model.lora={r: 4}")
+    losses = [r["loss"] for r in read_metrics(run) if r["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    export(find_checkpoint(str(run)), run / "hf", dtype=torch.float32)
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, run / "hf"))
+    assert before.keys() == after.keys()  # the adapters are in the weights, and every script reads the folder
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert changed and all("_proj." in name for name in changed)
 
 
 def test_the_plan_says_what_is_read_and_all_means_the_corpus_itself(
