@@ -135,7 +135,7 @@ class Versus(_Record):
     p_holm: float
     """Adjusted for all differences of its family: those of the primary endpoint, or all others."""
     p_mcnemar: float | None
-    """Exact; of hit rates with one query per user and one seed."""
+    """Exact, not adjusted; of hit rates with one query per user and one seed."""
     is_primary: bool
 
 
@@ -166,8 +166,8 @@ def make_report(folders: Mapping[str, Folders], *, reference: str | None = None)
     """Report over evaluation folders by name; several folders of one name are its seeds. With `reference`, every other
     model's difference to that one.
 
-    Raises DataError when the evaluations did not answer the same queries by the same protocol, or the reference is none
-    of them.
+    Raises DataError when the evaluations did not answer the same queries by the same protocol, two seeds are one and
+    the same, or the reference is none of them.
     """
     models = {name: [load_evaluation(f) for f in _listed(given)] for name, given in folders.items()}
     _refuse_other_queries(models)
@@ -207,7 +207,8 @@ def _refuse_other_queries(models: Mapping[str, Sequence[Evaluation]]) -> None:
     for other in every[1:]:
         for field in ASKED:
             _refuse(every[0], other, field)
-    for seeds in models.values():
+    for name, seeds in models.items():
+        _refuse_one_seed_twice(name, seeds)
         for other in seeds[1:]:
             for field in ("control", "scoring", "rank_up_to", "top_k", "dtype"):
                 _refuse(seeds[0], other, field)
@@ -218,6 +219,17 @@ def _refuse_other_queries(models: Mapping[str, Sequence[Evaluation]]) -> None:
                             f"{len(longest)} ({', '.join(e.folder for e in longest)}); give one or as many")
         for i, theirs in enumerate(longest):
             _refuse(theirs, seeds[i if len(seeds) > 1 else 0], "queries_hash")
+
+
+def _refuse_one_seed_twice(name: str, seeds: Sequence[Evaluation]) -> None:
+    """Raise DataError where two seeds are the same weights on the same queries: they would vary by nothing."""
+    first: dict[tuple[str, str], str] = {}
+    for e in seeds:
+        made_of = e.manifest.inputs.model_hash, e.manifest.inputs.queries_hash
+        if made_of in first:
+            raise DataError(f"{name}: {first[made_of]} and {e.folder} are one model on one set of queries, not two "
+                            f"seeds; give each of them once")
+        first[made_of] = e.folder
 
 
 def _refuse(a: Evaluation, b: Evaluation, field: str) -> None:

@@ -145,7 +145,7 @@ def _others(report: Report) -> list[list[str]]:
 _TESTS = (
     "Paired over users (and over seeds, where there are several): mean with its 95 % bootstrap interval; p of a "
     "two-sided sign-flip permutation over users; Holm's adjustment over the primary endpoint's comparisons, and over "
-    "all others; McNemar's exact p of hits, with one query a user and one seed.")
+    "all others; McNemar's exact p of hits, with one query a user and one seed: not adjusted.")
 
 
 def _differences(differences: Sequence[Versus]) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,16 +65,34 @@ def test_every_number_has_its_users_catalogue_and_what_they_can_show(options: Ev
     assert arp == pytest.approx((13 / 4 + 10 / 5 + 3 / 3) / 3)
 
 
+def seeds_of(options: EvalOptions, tmp_path: Path, n: int) -> list[str]:
+    """The evaluation, and copies of it that say that other weights gave the same."""
+    folders = [options.out]
+    for i in range(1, n):
+        folders.append(str(shutil.copytree(options.out, tmp_path / f"seed {i}", dirs_exist_ok=True)))
+        manifest = json.loads((tmp_path / f"seed {i}/manifest.json").read_text())
+        manifest["inputs"]["model_hash"] = f"{i}"
+        (tmp_path / f"seed {i}/manifest.json").write_text(json.dumps(manifest))
+    return folders
+
+
 def test_seeds_are_averaged_and_their_spread_is_said(options: EvalOptions, tmp_path: Path) -> None:
-    one = make_report({"popularity": options.out})
-    same = make_report({"popularity": [options.out, options.out, options.out]})
+    one, three = make_report({"popularity": options.out}), seeds_of(options, tmp_path, 3)
+    same = make_report({"popularity": three})
     assert [c.mean for c in same.cells] == pytest.approx([c.mean for c in one.cells])
     assert {c.seed_sd for c in one.cells} == {None} and {c.seed_sd for c in same.cells} == {0.0}
     assert same.models[0].n_seeds == 3 and "3 seeds" in same.models[0].line and "(sd 0.0000)" in to_text(same)
-    held = make_report({"a": [options.out] * 3, "b": options.out}, reference="b")
+    held = make_report({"a": three, "b": options.out}, reference="b")
     assert {(d.mean, d.p, d.p_mcnemar) for d in held.differences} == {(0, 1, None)}
     with pytest.raises(DataError, match=r"2 seeds .* cannot be held against 3"):
-        make_report({"a": [options.out] * 3, "b": [options.out] * 2})
+        make_report({"a": three, "b": three[:2]})
+
+
+def test_one_model_on_one_set_of_queries_is_not_several_seeds(options: EvalOptions, tmp_path: Path) -> None:
+    copied = str(shutil.copytree(options.out, tmp_path / "copied"))
+    for other in (options.out, options.out + "/", copied):
+        with pytest.raises(DataError, match=r"a: .*popularity and .* are one model on one set of queries"):
+            make_report({"a": [options.out, other]})
 
 
 def test_differences_are_adjusted_within_their_family_and_the_primary_one_is_named(options: EvalOptions,
