@@ -22,16 +22,18 @@ def main() -> None:
     parser.add_argument("--out", help="folder for the report")
     parser.add_argument("--users", type=int, help="print what so many users could show, before anything is run")
     args = parser.parse_args()
-    from cprec.eval.comparison import make_report
-    from cprec.eval.report import to_text, write_report
-    from cprec.eval.stats import power_line
-
     if args.users:
+        from cprec.eval.stats import power_line
+
         print(power_line(args.users))
         return
     if not args.evaluations or not args.out:
         raise ConfigError("give evaluations as NAME=FOLDER and a folder for the report as --out, or --users")
-    report = make_report(_folders(args.evaluations), reference=args.reference)
+    folders = _folders(args.evaluations)
+    from cprec.eval.comparison import make_report
+    from cprec.eval.report import to_text, write_report
+
+    report = make_report(folders, reference=args.reference)
     write_report(report, args.out)
     print(to_text(report))
 

@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cprec.errors import DataError
+from cprec.errors import ConfigError, CPRecError, DataError
 from cprec.eval.comparison import make_report
 from cprec.eval.metrics import METRICS, TABLE_METRICS
 from cprec.eval.report import to_html, to_markdown, to_text, write_report
 from cprec.eval.run import EvalOptions, evaluate
 from cprec.eval.stats import detectable_difference, holm
 from tests.eval.folders import Query, Shop, write_queries
+from tests.eval.scripts import run_script
 
 # events: item 0 has half of all, so it alone is the head; item 5 is new since the training window
 N_TRAIN = [10, 4, 3, 2, 1, 0]
@@ -150,3 +151,35 @@ def test_a_target_that_a_list_lacks_is_a_miss_and_leaves_no_auc(options: EvalOpt
     assert cells["food", "valid"] == 0.5
     assert ("food", "AUC") not in cells and ("new", "AUC") in cells
     assert "none where ranks are infinite" in to_markdown(report)
+
+
+def test_the_script_says_what_users_could_show_before_anything_is_run() -> None:
+    done = run_script("leaderboard.py", "--users", "5000")
+    assert done.returncode == 0 and f"{detectable_difference(5000):.4f}" in done.stdout, done.stderr
+
+
+def test_the_script_takes_folders_of_one_name_as_its_seeds(options: EvalOptions, tmp_path: Path) -> None:
+    three = ",".join(seeds_of(options, tmp_path, 3))
+    done = run_script("leaderboard.py", f"ours={three}", f"theirs={options.out}", "--reference", "theirs", "--out",
+                      str(tmp_path / "report"))
+    assert done.returncode == 0, done.stderr
+    assert "ours: baseline:popularity, 3 seeds" in done.stdout and "theirs: baseline:popularity, 1 seed" in done.stdout
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert [(m["name"], m["n_seeds"]) for m in report["models"]] == [("ours", 3), ("theirs", 1)]
+    assert "not adjusted" in (tmp_path / "report/report.md").read_text()
+
+
+@pytest.mark.parametrize(("given", "code", "said"), [
+    ([], ConfigError, "give evaluations as NAME=FOLDER"),
+    (["a=x"], ConfigError, "a folder for the report as --out"),
+    (["a", "--out", "o"], ConfigError, "a: not of the form NAME=FOLDER[,FOLDER...]"),
+    (["a=x", "a=y", "--out", "o"], ConfigError, "a=y: not of the form NAME=FOLDER[,FOLDER...] with a name of its own"),
+    (["a=nowhere", "--out", "o"], DataError, "nowhere holds no finished evaluation"),
+    (["a=EVAL,EVAL", "--out", "o"], DataError, "not two seeds; give each of them once"),
+    (["a=EVAL", "--reference", "b", "--out", "o"], DataError, "reference 'b' is none of the models"),
+])
+def test_an_error_of_the_script_is_one_message_and_its_exit_code(
+        options: EvalOptions, given: list[str], code: type[CPRecError], said: str, tmp_path: Path) -> None:
+    done = run_script("leaderboard.py", *(g.replace("EVAL", options.out) for g in given), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (code.exit_code, "")
+    assert said in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "o").exists()
