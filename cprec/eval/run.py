@@ -90,10 +90,7 @@ def evaluate(options: EvalOptions) -> EvalManifest:
     Every process of a `torchrun` calls it. Raises ConfigError for options that cannot be, DataError when `out` holds
     an evaluation of other inputs.
     """
-    queries = read_queries_manifest(options.queries)
-    raise_all(_problems(options, queries), of="ranking")
-    model_folder = local_folder(options.model) if options.model is not None else None
-    inputs = _inputs(options, queries, model_folder)
+    queries, model_folder, inputs = _checked(options)
     out = Path(options.out)
     _refuse_other_inputs(out, inputs)
     if (out / MANIFEST).is_file():
@@ -115,6 +112,14 @@ def evaluate(options: EvalOptions) -> EvalManifest:
         _merge(out, inputs, domains, queries)
     dist.barrier()
     return read_evaluation(out)
+
+
+def _checked(options: EvalOptions) -> tuple[QueriesManifest, Path | None, EvalInputs]:
+    """The queries, the model's folder, and all that the results will follow from. Raises ConfigError."""
+    queries = read_queries_manifest(options.queries)
+    raise_all(_problems(options, queries), of="ranking")
+    model_folder = local_folder(options.model) if options.model is not None else None
+    return queries, model_folder, _inputs(options, queries, model_folder)
 
 
 def _problems(options: EvalOptions, queries: QueriesManifest) -> list[str]:
@@ -336,13 +341,23 @@ def _summary(table: pa.Table, manifest: QueriesManifest, domain: str, seconds: f
 
 def refuse_full(options: EvalOptions, full: str) -> None:
     """Raise before anything is ranked where no expectation could be set beside it: ConfigError for a protocol that has
-    none, DataError where there is no finished full ranking."""
+    none, DataError where `full` is no finished full ranking of the same model and queries with exact ranks."""
     if parse_protocol(options.protocol).kind != "uniform":
         raise ConfigError(f"full={full}: protocol={options.protocol} has no expectation that follows from full ranks; "
                           f"give protocol=uniform-M, or leave --full out")
-    if read_evaluation(full).inputs.protocol != "full":
-        raise DataError(f"{full} holds no full ranking but {read_evaluation(full).inputs.protocol}; give that of the "
-                        f"same model with protocol full")
+    whole = read_evaluation(full).inputs
+    if whole.protocol != "full":
+        raise DataError(f"{full} holds no full ranking but {whole.protocol}; give that of the same model with "
+                        f"protocol full")
+    _refuse_incomparable(full, whole, options.out, _checked(options)[2])
+
+
+def _refuse_incomparable(full: str, whole: EvalInputs, sampled_out: str, drawn: EvalInputs) -> None:
+    different = [d for d in whole.differs(drawn) if not d.startswith("protocol")]
+    if (parse_protocol(drawn.protocol).kind != "uniform" or whole.protocol != "full" or whole.rank_up_to or different):
+        raise DataError(f"{full} and {sampled_out} cannot be compared: the one has to be protocol full with exact "
+                        f"ranks, the other uniform-M, of the same model and queries "
+                        f"({whole.protocol} / {drawn.protocol}; {'; '.join(different)})")
 
 
 def expectation(full: str, sampled_out: str) -> str:
@@ -353,12 +368,8 @@ def expectation(full: str, sampled_out: str) -> str:
     queries, or not of these protocols.
     """
     whole, drawn = read_evaluation(full), read_evaluation(sampled_out)
+    _refuse_incomparable(full, whole.inputs, sampled_out, drawn.inputs)
     protocol = parse_protocol(drawn.inputs.protocol)
-    different = [d for d in whole.inputs.differs(drawn.inputs) if not d.startswith("protocol")]
-    if protocol.kind != "uniform" or whole.inputs.protocol != "full" or whole.inputs.rank_up_to or different:
-        raise DataError(f"{full} and {sampled_out} cannot be compared: the one has to be protocol full with exact "
-                        f"ranks, the other uniform-M, of the same model and queries "
-                        f"({whole.inputs.protocol} / {protocol}; {'; '.join(different)})")
     lines = [f"{protocol}, measured and (expected from the full ranks; exact where few candidates tie with a target)"]
     for domain in drawn.domains:
         ranks = pq.read_table(Path(full) / f"{domain}.parquet")

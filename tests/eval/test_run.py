@@ -292,6 +292,23 @@ def test_what_the_full_ranks_make_one_expect_is_printed_beside(options: EvalOpti
         refuse_full(replace(options, protocol="uniform-3"), str(tmp_path / "few"))
 
 
+@pytest.mark.parametrize(("full", "asked", "named"), [
+    ({}, {"dtype": "float32"}, "dtype: float64 / float32"),
+    ({}, {"limit": 1}, "limit: None / 1"),
+    ({"rank_up_to": 3}, {}, "with exact ranks"),
+    ({}, {"model": None, "dtype": "float32", "baseline": "popularity"}, "model_hash: .* / baseline:popularity"),
+])
+def test_an_expectation_that_is_another_ones_is_refused_before_anything_is_ranked(
+        options: EvalOptions, full: dict[str, object], asked: dict[str, object], named: str, tmp_path: Path) -> None:
+    evaluate(replace(options, domains=["toys"], **full))  # type: ignore[arg-type]
+    few = replace(options, domains=["toys"], protocol="uniform-3", out=str(tmp_path / "few"), **asked)  # type: ignore
+    with pytest.raises(DataError, match=f"cannot be compared: .*{named}"):
+        refuse_full(few, options.out)
+    if not full:
+        refuse_full(replace(few, **{name: getattr(options, name) for name in asked}), options.out)
+    assert not (tmp_path / "few").exists()
+
+
 @pytest.mark.parametrize(("rank_up_to", "settled"), [(10, {"HR@1", "HR@10", "NDCG@10", "MRR"}), (3, {"HR@1", "MRR"})])
 def test_a_report_shows_of_ranks_that_were_not_told_apart_what_is_known(
         options: EvalOptions, tmp_path: Path, rank_up_to: int, settled: set[str]) -> None:
