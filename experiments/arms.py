@@ -148,13 +148,13 @@ class Line:
             "schedule.total": {"steps": n}, "checkpoint.every": every, "checkpoint.keep_stable_every": every})
         return self.add(step, [command], [self.base(), self.prepare()], self._train_s)
 
-    def mark(self, share: float) -> Model:
-        """The first trunk after a share of its tokens, at its stable rate."""
+    def mark(self, share: float, seed: int = 0) -> Model:
+        """A trunk after a share of its tokens, at its stable rate; of seeds other than 0 only its end is kept."""
         at = round(share * self.form.train.steps)
-        step = f"mark/{at}"
-        self.add(step, [_export(f"{self.at('trunk/0/run')}@{at}", self.at(step, "hf"))], [self.trunk(0)],
+        step = f"mark/{at}-{seed}"
+        self.add(step, [_export(f"{self.at(f'trunk/{seed}/run')}@{at}", self.at(step, "hf"))], [self.trunk(seed)],
                  self.form.speed.start_s)
-        return Model(f"trunk@{at}", step, self.at(step, "hf"))
+        return Model(f"trunk@{at}-{seed}", step, self.at(step, "hf"))
 
     def branch(self, shape: str, share: float, seed: int = 0) -> Model:
         """A trunk annealed over the last `share` of all tokens."""

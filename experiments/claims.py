@@ -21,6 +21,7 @@ MIXED = "all-domain mixed histories only"
 TITLES = "control: titles dealt out to random users"
 COSINE = "cosine from the warm-up on"
 CONSTANT = "constant: the trunk, never annealed"
+CONSTANT_TUNED = "never annealed, fine-tuned"
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,14 @@ def _wsa_helps(line: Line) -> list[Table]:
               for kind in ("cosine", "linear")}
     rows += [Row(f"{kind} from the warm-up on", _ranked(line, models, 3), (CPREC,), form.tokens)
              for kind, models in decays.items()]
-    end = line.mark(1.0)
-    rows.append(Row(CONSTANT, _ranked(line, [end], 3), (CPREC,), form.tokens))
+    ends = [line.mark(1.0, s) for s in seeds]
+    rows.append(Row(CONSTANT, _ranked(line, ends, 3), (CPREC,), form.tokens))
     for shape, share in (("linear", 0.1), ("cosine", 0.1), ("sqrt", 0.05), ("sqrt", 0.2)):
         rows.append(Row(f"WSA, {shape} over the last {share:.0%}", _ranked(line, [line.branch(shape, share)], 3),
                         (CPREC,), form.tokens))
     k = max(k for k in form.tune.shots if k != "all")
-    tuned = [Row(TUNED, (line.tune(line.cprec(0), k, 0, 3),), tokens=form.tokens),
-             Row("never annealed, fine-tuned", (line.tune(end, k, 0, 3),), (TUNED,), form.tokens)]
+    tuned = [Row(TUNED, tuple(line.tune(line.cprec(s), k, s, 3) for s in seeds), tokens=form.tokens),
+             Row(CONSTANT_TUNED, tuple(line.tune(ends[s], k, s, 3) for s in seeds), (TUNED,), form.tokens)]
     return [Table("schedules", 3, "Learning rate schedules, zero-shot", tuple(line.world.unseen), tuple(rows)),
             Table("schedules_tuned", 3, f"... and after fine-tuning on {k} documents", tuple(line.tuned_domains),
                   tuple(tuned))]

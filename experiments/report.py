@@ -26,6 +26,7 @@ from experiments.arms import Line
 from experiments.claims import (
     BASE,
     CONSTANT,
+    CONSTANT_TUNED,
     COSINE,
     CPREC,
     MIXED,
@@ -47,7 +48,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "duckdb")
 DOCS = REPO / "docs/experiments.md"
 DECIDING = ((1, "zero_shot", CPREC, BASE), (1, "shots", TUNED, TUNED_BASE), (2, "corpora", SPECIFIC, CPREC),
             (2, "corpora", MIXED, CPREC), (2, "corpora", TITLES, CPREC), (3, "schedules", COSINE, CPREC),
-            (3, "schedules", CONSTANT, CPREC), (3, "schedules_tuned", "never annealed, fine-tuned", TUNED))
+            (3, "schedules", CONSTANT, CPREC), (3, "schedules_tuned", CONSTANT_TUNED, TUNED))
 """Of each claim, the comparisons that a summary shows: table, row, what it is held against."""
 
 

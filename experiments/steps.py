@@ -1,7 +1,7 @@
 """Steps that need each other, run in order, several at a time if wanted; what is finished is not run again.
 
 reads and writes: `<work>/<step>/`, where a step's commands leave what they make, their output in `log.txt`, and, last
-of all, `done.json` with the commands, seconds, commit, device and time. costs: a process per command.
+of all, `done.json` with commands, seconds, commit, device, versions, time. costs: a process per command.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
 from graphlib import TopologicalSorter
+from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -33,6 +34,8 @@ log = get_logger(__name__)
 REPO = Path(__file__).resolve().parents[1]
 DONE = "done.json"
 LOG = "log.txt"
+PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "duckdb")
+"""Whose versions a step's marker says."""
 Command = tuple[str, ...]
 
 
@@ -147,11 +150,12 @@ def _run_step(step: Step, work: Path, slots: SimpleQueue[list[int]]) -> None:
             _run(command, folder / LOG, cores, step.name)
     finally:
         slots.put(cores)
-    for name in step.scratch:
-        shutil.rmtree(folder / name, ignore_errors=True)
     write_atomically(folder / DONE, json.dumps({
         "commands": step.commands, "seconds": round(time.monotonic() - started, 1), "commit": commit(),
-        "device": device(), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, indent=1) + "\n")
+        "device": device(), "versions": {p: version(p) for p in PACKAGES}, "argv": sys.argv,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, indent=1) + "\n")
+    for name in step.scratch:  # after the marker: a step cut off in between would lack what its commands go on from
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 @cache
