@@ -6,7 +6,9 @@
     python experiments/run.py --form gpu --data FOLDER --steps trunk/0      # these, and what they need
 
 Stopped at any point, the same command goes on with what is not done. `--list`: the steps, their state and about how
-long they take; `--dry-run`: their commands too, which can be typed one by one. Ends with a report of what is finished.
+long they take; `--dry-run`: their commands too, which can be typed one by one. A step that fails stops only those that
+need it. With `--minutes 9`, for a machine lent for ten, it starts nothing that is estimated to end later. Ends with a
+report once all is done.
 """
 
 from __future__ import annotations
@@ -54,8 +56,11 @@ def main() -> None:
         _show(steps, done, jobs=form.jobs, with_commands=args.dry_run)
         return
     with only_writer(work, wait_s=5):
-        run_steps(steps, work, jobs=args.jobs or form.jobs)
-    if args.steps:
+        left = run_steps(steps, work, jobs=args.jobs or form.jobs, minutes=args.minutes)
+    if left:
+        print(f"{len(left)} of {len(steps)} steps are left, the next of about {left[0].seconds / 60:.1f} minutes; the "
+              f"same command goes on")
+    if left or args.steps:
         return
     report = [sys.executable, "-m", "experiments.report", "--form", args.form, "--world", world, "--work", str(work)]
     report += ["--only", *(str(c) for c in sorted(claims))] if args.only else []
@@ -87,6 +92,7 @@ def _arguments() -> argparse.Namespace:
     some.add_argument("--only", choices=CLAIMS, nargs="+", metavar="claimN", help="only what these claims need")
     some.add_argument("--steps", nargs="+", metavar="STEP", help="only these steps and what they need; no report")
     parser.add_argument("--jobs", type=int, help="steps at a time; default: the form's")
+    parser.add_argument("--minutes", type=float, help="start no step that is estimated to end later than that")
     parser.add_argument("--list", action="store_true", help="the steps and their state, nothing is run")
     parser.add_argument("--dry-run", action="store_true", help="the same with every command")
     parser.add_argument("--publish", action="store_true", help="copy the report to experiments/results and docs")

@@ -7,6 +7,7 @@ of all, `done.json` with commands, seconds, commit, device, versions, time. cost
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -25,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 
-from cprec.errors import ConfigError, CPRecError, did_you_mean
+from cprec.errors import ConfigError, CPRecError, did_you_mean, n_of
 from cprec.format import write_atomically
 from cprec.log import get_logger
 from cprec.process import die_with_parent
@@ -109,28 +110,49 @@ def is_done(step: Step, work: Path) -> bool:
     return True
 
 
-def run_steps(steps: Sequence[Step], work: Path, *, jobs: int = 1) -> None:
-    """Run what is not done, `jobs` steps at a time, each on its share of the cores. Raises StepError for the first that
-    fails, once those that run beside it have ended."""
+def run_steps(steps: Sequence[Step], work: Path, *, jobs: int = 1, minutes: float | None = None) -> list[Step]:
+    """Run what is not done, `jobs` steps at a time, each on its share of the cores; what is left is given back.
+
+    With `minutes` no step is started that is estimated to end later. A step that fails stops only those that need it;
+    raises StepError at the end, which names every one that failed.
+    """
     place = {s.name: i for i, s in enumerate(in_order(steps))}
     by_name, slots = {s.name: s for s in steps}, SimpleQueue[list[int]]()
     for cores in share_cores(sorted(os.sched_getaffinity(0)), jobs):
         slots.put(cores)
     sorter = TopologicalSorter({s.name: s.needs for s in steps})
     sorter.prepare()
-    ready, n_done, running = list[str](), 0, dict[Future[None], str]()
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    ready, done, failed, running = list[str](), set[str](), list[StepError](), dict[Future[None], str]()
     with ThreadPoolExecutor(jobs) as pool:
         while sorter.is_active():
             ready = sorted([*ready, *sorter.get_ready()], key=place.__getitem__)
-            while ready and len(running) < jobs:  # the first of them, not the first that became ready
-                name = ready.pop(0)
+            while len(running) < jobs and (name := _first_in_time(ready, by_name, work, end)) is not None:
+                ready.remove(name)
                 running[pool.submit(_run_step, by_name[name], work, slots)] = name
+            if not running:
+                break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
-                future.result()
-                n_done += 1
-                log.info("%d of %d: %s is done", n_done, len(steps), name)
+                try:
+                    future.result()
+                except StepError as e:
+                    failed.append(e)
+                    log.error("%s failed; what does not need it goes on", name)
+                    continue
+                done.add(name)
+                log.info("%d of %d: %s is done", len(done), len(steps), name)
                 sorter.done(name)
+    left = [s for s in steps if s.name not in done]
+    if failed:
+        raise StepError("\n\n".join(map(str, failed)) + f"\n\n{n_of(len(failed), 'step')} failed, {len(left)} of "
+                        f"{len(steps)} are left with those that need them")
+    return left
+
+
+def _first_in_time(ready: Sequence[str], by_name: Mapping[str, Step], work: Path, end: float) -> str | None:
+    """The first in order, not the first that became ready, of those that will have ended in time."""
+    return next((n for n in ready if time.monotonic() + by_name[n].seconds <= end or is_done(by_name[n], work)), None)
 
 
 def share_cores(cores: Sequence[int], jobs: int) -> list[list[int]]:
@@ -140,9 +162,10 @@ def share_cores(cores: Sequence[int], jobs: int) -> list[list[int]]:
 
 
 def _run_step(step: Step, work: Path, slots: SimpleQueue[list[int]]) -> None:
-    if is_done(step, work):
-        return
     folder, started = work / step.name, time.monotonic()
+    if is_done(step, work):
+        _clear(step, folder)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     cores = slots.get()
     try:
@@ -154,7 +177,11 @@ def _run_step(step: Step, work: Path, slots: SimpleQueue[list[int]]) -> None:
         "commands": step.commands, "seconds": round(time.monotonic() - started, 1), "commit": commit(),
         "device": device(), "versions": {p: version(p) for p in PACKAGES}, "argv": sys.argv,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, indent=1) + "\n")
-    for name in step.scratch:  # after the marker: a step cut off in between would lack what its commands go on from
+    _clear(step, folder)  # after the marker: a step cut off in between would lack what its commands go on from
+
+
+def _clear(step: Step, folder: Path) -> None:
+    for name in step.scratch:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

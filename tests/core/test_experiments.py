@@ -69,10 +69,31 @@ def test_a_step_that_fails_is_named_with_its_words_and_the_next_run_goes_on_ther
     assert book.read_text() == "abc" and "no switch is there" in (tmp_path / "work/b" / LOG).read_text()
 
 
+def test_a_step_that_fails_stops_only_those_that_need_it_and_all_failures_are_listed_last(tmp_path: Path) -> None:
+    book, fails = tmp_path / "book", ("python", "-c", "import sys; sys.exit('broken')")
+    steps = [Step("a", (fails,)), Step("b", (says("b", book),), ("a",)), Step("c", (says("c", book),)),
+             Step("d", (fails,), ("c",)), Step("e", (says("e", book),), ("c",))]
+    with pytest.raises(StepError, match=r"(?s)a: exit code 1.*d: exit code 1.*2 steps failed, 3 of 5 are left") as e:
+        run_steps(steps, tmp_path / "work")
+    assert book.read_text() == "ce" and e.value.exit_code == 1
+
+
+def test_with_minutes_no_step_is_started_that_would_end_later(tmp_path: Path) -> None:
+    book = tmp_path / "book"
+    steps = [Step("a", (says("a", book),), seconds=50), Step("b", (says("b", book),), ("a",), seconds=70),
+             Step("c", (says("c", book),), seconds=1)]
+    assert [s.name for s in run_steps(steps, tmp_path / "work", minutes=1)] == ["b"] and book.read_text() == "ac"
+    assert [s.name for s in run_steps(steps, tmp_path / "work", minutes=0)] == ["b"] and book.read_text() == "ac"
+    assert run_steps(steps, tmp_path / "work", minutes=2) == [] and book.read_text() == "acb"
+
+
 def test_what_nothing_needs_any_more_is_removed_when_a_step_is_done(tmp_path: Path) -> None:
     makes = f"import pathlib; [pathlib.Path({str(tmp_path)!r}, 'work/a', n).mkdir() for n in ('large', 'kept')]"
     run_steps([Step("a", (("python", "-c", makes),), scratch=("large",))], tmp_path / "work")
     assert (tmp_path / "work/a/kept").is_dir() and not (tmp_path / "work/a/large").exists()
+    (tmp_path / "work/a/large").mkdir()  # as when cut off behind the marker
+    run_steps([Step("a", (("python", "-c", makes),), scratch=("large",))], tmp_path / "work")
+    assert not (tmp_path / "work/a/large").exists()
 
 
 def test_a_folder_that_other_commands_made_is_refused(tmp_path: Path) -> None:
