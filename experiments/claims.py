@@ -19,9 +19,19 @@ TUNED = "CPRec, fine-tuned"
 SPECIFIC = "domain-specific histories only"
 MIXED = "all-domain mixed histories only"
 TITLES = "control: titles dealt out to random users"
-COSINE = "cosine from the warm-up on"
+COSINE, LINEAR = "cosine from the warm-up on", "linear from the warm-up on"
 CONSTANT = "constant: the trunk, never annealed"
 CONSTANT_TUNED = "never annealed, fine-tuned"
+
+
+@dataclass(frozen=True)
+class Deciding:
+    """A comparison that decides a claim: the claim says that `better` does better than `than`, rows of one table."""
+
+    claim: int
+    table: str
+    better: str
+    than: str
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,27 @@ def tables(line: Line) -> list[Table]:
             for table in claim(line)]
 
 
+def deciding(line: Line) -> list[Deciding]:
+    """What Holm's adjustment is over, and what a summary shows; all else explores."""
+    form, k = line.form, _longest(line)
+    baseline = "item_knn" if "item_knn" in form.rank.baselines else form.rank.baselines[0]
+    return [Deciding(1, "zero_shot", CPREC, BASE), Deciding(1, "zero_shot", CPREC, f"baseline: {baseline}"),
+            Deciding(1, f"shots_{k}", TUNED, TUNED_BASE),
+            *(Deciding(2, "corpora", CPREC, row) for row in (SPECIFIC, MIXED, TITLES)),
+            *(Deciding(3, "schedules", CPREC, row) for row in (COSINE, LINEAR, CONSTANT)),
+            Deciding(3, "schedules_tuned", TUNED, CONSTANT_TUNED),
+            Deciding(4, "domains", _n_domains(len(line.world.pretrain)), _n_domains(1))]
+
+
+def _longest(line: Line) -> int:
+    """The most documents that a few-shot table has."""
+    return max(k for k in line.form.tune.shots if k != "all")
+
+
+def _n_domains(n: int) -> str:
+    return f"{n} domain{'s' * (n > 1)}"
+
+
 def _cpt_helps(line: Line) -> list[Table]:
     """Claim 1: with against without continual pre-training, zero-shot and after fine-tuning; against baselines."""
     form, base, seeds = line.form, line.base_model(), range(line.form.seeds)
@@ -64,13 +95,12 @@ def _cpt_helps(line: Line) -> list[Table]:
     zero = [Row(BASE, (line.rank(base, 1),)),
             Row(CPREC, tuple(line.rank(line.cprec(s), 1) for s in range(form.headline_seeds)),
                 (BASE, *(b.label for b in baselines)), form.tokens),
-            Row("CPRec, no user of the queries learned from", _ranked(line, disjoint, 1), (BASE,), form.tokens),
+            Row("CPRec, no user of the queries learned from", _ranked(line, disjoint, 1), (BASE, CPREC), form.tokens),
             *baselines]
     found = [Table("zero_shot", 1, "Zero-shot on unseen domains", tuple(line.world.unseen), tuple(zero))]
-    longest = max(k for k in form.tune.shots if k != "all")
     for k in form.tune.shots:
         rows = [Row(TUNED_BASE, tuple(line.tune(base, k, s, 1) for s in seeds))]
-        if k == longest:
+        if k == _longest(line):
             rows.append(Row(LONGER_BASE, tuple(line.tune(base, k, s, 1, tokens=form.tokens) for s in seeds),
                             tokens=form.tokens))
         rows.append(Row(TUNED, tuple(line.tune(line.cprec(s), k, s, 1) for s in seeds),
@@ -103,14 +133,14 @@ def _wsa_helps(line: Line) -> list[Table]:
     rows = [Row(CPREC, _cprec(line, 3), tokens=form.tokens)]
     decays = {kind: [line.pretrain(kind, BOTH, seed=s, schedule={"schedule.kind": kind}) for s in seeds]
               for kind in ("cosine", "linear")}
-    rows += [Row(f"{kind} from the warm-up on", _ranked(line, models, 3), (CPREC,), form.tokens)
-             for kind, models in decays.items()]
+    rows += [Row(label, _ranked(line, decays[kind], 3), (CPREC,), form.tokens)
+             for kind, label in (("cosine", COSINE), ("linear", LINEAR))]
     ends = [line.mark(1.0, s) for s in seeds]
     rows.append(Row(CONSTANT, _ranked(line, ends, 3), (CPREC,), form.tokens))
     for shape, share in (("linear", 0.1), ("cosine", 0.1), ("sqrt", 0.05), ("sqrt", 0.2)):
         rows.append(Row(f"WSA, {shape} over the last {share:.0%}", _ranked(line, [line.branch(shape, share)], 3),
                         (CPREC,), form.tokens))
-    k = max(k for k in form.tune.shots if k != "all")
+    k = _longest(line)
     tuned = [Row(TUNED, tuple(line.tune(line.cprec(s), k, s, 3) for s in seeds), tokens=form.tokens),
              Row(CONSTANT_TUNED, tuple(line.tune(ends[s], k, s, 3) for s in seeds), (TUNED,), form.tokens)]
     return [Table("schedules", 3, "Learning rate schedules, zero-shot", tuple(line.world.unseen), tuple(rows)),
@@ -134,8 +164,9 @@ def _scaling(line: Line) -> list[Table]:
     by_domains = [start]
     for name, mix, n_domains in counts:
         model = line.pretrain(name, mix, seed=0)
-        by_domains.append(Row(f"{n_domains} domain{'s' * (n_domains > 1)}", (line.rank(model, 4, measure=True),),
-                              (BASE,), form.tokens, x=n_domains))
+        against = (BASE,) if n_domains == 1 else (BASE, _n_domains(1))
+        by_domains.append(Row(_n_domains(n_domains), (line.rank(model, 4, measure=True),), against, form.tokens,
+                              x=n_domains))
     unseen = tuple(line.world.unseen)
     return [Table("tokens", 4, "Tokens seen", unseen, tuple(by_tokens), "tokens of pre-training"),
             Table("domains", 4, "Number of pre-training domains, at the same tokens", unseen, tuple(by_domains),

@@ -2,12 +2,13 @@
 
 reads: evaluation folders (`launch/rank.py`) and losses (`experiments.measure`). writes: nothing. costs: seconds per
 table. Statistics are `cprec.eval.stats`: the unit is the user, seeds are the second level; the primary endpoint is
-NDCG@10, macro over the table's domains. Holm's adjustment is over the primary endpoints of all tables, and separately
-over the others.
+NDCG@10, macro over the table's domains. Holm's adjustment is over the comparisons that decide claims, for each metric
+by itself; what explores keeps its plain p.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -17,14 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
+from cprec.errors import n_of
 from cprec.eval.answers import Evaluation, load_evaluation
+from cprec.eval.metrics import LOWER_IS_BETTER
 from cprec.eval.stats import Observations, holm, mean_intervals, paired_differences, seed_deviations
 from cprec.format import MANIFEST
 from experiments.arms import Answers
-from experiments.claims import Row, Table
+from experiments.claims import Deciding, Row, Table
 
-METRICS = ("NDCG@10", "HR@10", "NLL")
+METRICS = ("NDCG@10", "HR@10", "NLL", "bits/byte")
 """The first is the primary endpoint. NLL: nats of the target's line."""
+PRIMARY = METRICS[0]
 ALPHA = 0.05
 
 
@@ -49,14 +53,20 @@ class Gap:
     low: float
     high: float
     p: float
+    n_seeds: int
     p_holm: float = math.nan
+    """Of a comparison that decides a claim; NaN for others."""
 
     @property
     def verdict(self) -> str:
-        """Of the primary endpoint, in a word."""
-        if self.p_holm >= ALPHA:
+        """Of a comparison that decides a claim, in a word."""
+        if not self.p_holm < ALPHA:
             return "no difference shown"
-        return "better" if (self.mean > 0) != (self.metric == "NLL") else "worse"
+        return "better" if (self.mean > 0) != (self.metric in LOWER_IS_BETTER) else "worse"
+
+    def turned(self) -> Gap:
+        """The other minus the row."""
+        return replace(self, row=self.against, against=self.row, mean=-self.mean, low=-self.high, high=-self.low)
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,8 @@ class Result:
     n_queries: int
     tokens: int | None
     numbers: dict[str, Number]
+    by_domain: dict[str, dict[str, float]]
+    """Domain -> metric -> its mean over queries and seeds."""
     losses: dict[str, float]
     """Nats per token by corpus, over seeds."""
     x: float | None
@@ -75,7 +87,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A table with its numbers. `missing`: labels of rows that have not been run."""
+    """A table with its numbers. `missing`: rows, or seeds of them, that have not been run."""
 
     key: str
     claim: int
@@ -87,31 +99,49 @@ class Outcome:
     x_label: str | None
 
 
-def outcomes(tables: Sequence[Table]) -> list[Outcome]:
+def outcomes(tables: Sequence[Table], deciding: Sequence[Deciding]) -> list[Outcome]:
     """Every table, with what of it is finished."""
     found = [_outcome(t) for t in tables]
-    gaps = [g for o in found for g in o.gaps]
+    rows = {(d.table, frozenset((d.better, d.than))) for d in deciding}
+    family = [g for o in found for g in o.gaps if (o.key, frozenset((g.row, g.against))) in rows]
     adjusted: dict[int, float] = {}
-    for is_primary in (True, False):
-        family = [g for g in gaps if (g.metric == METRICS[0]) is is_primary]
-        adjusted |= zip(map(id, family), holm([g.p for g in family]), strict=True)
-    return [replace(o, gaps=tuple(replace(g, p_holm=adjusted[id(g)]) for g in o.gaps)) for o in found]
+    for metric in METRICS:
+        of_metric = [g for g in family if g.metric == metric]
+        adjusted |= zip(map(id, of_metric), holm([g.p for g in of_metric]), strict=True)
+    return [replace(o, gaps=tuple(replace(g, p_holm=adjusted.get(id(g), math.nan)) for g in o.gaps)) for o in found]
+
+
+def decided(found: Sequence[Outcome], asked: Deciding) -> dict[str, Gap]:
+    """The gaps of a comparison by metric, as what the claim says is better minus the other; empty: not run."""
+    rows = {asked.better, asked.than}
+    gaps = [g for o in found if o.key == asked.table for g in o.gaps if {g.row, g.against} == rows]
+    return {g.metric: g if g.row == asked.better else g.turned() for g in gaps}
 
 
 def _outcome(table: Table) -> Outcome:
-    there = {r.label: r for r in table.rows if _is_finished(r)}
-    seen = {label: [observations(a, table.domains) for a in row.seeds] for label, row in there.items()}
+    n_done = {r.label: _n_finished(r) for r in table.rows}
+    there = {r.label: r for r in table.rows if n_done[r.label]}
+    seen = {label: [observations(a, table.domains) for a in row.seeds[:n_done[label]]] for label, row in there.items()}
     gaps = [gap for label, row in there.items() for other in row.against if other in there
-            for gap in _gaps(label, other, seen[label], seen[other])]
+            for gap in _gaps(row, there[other], seen[label], seen[other])]
     return Outcome(table.key, table.claim, table.title, table.domains,
-                   tuple(_result(row, seen[label]) for label, row in there.items()), tuple(gaps),
-                   tuple(r.label for r in table.rows if r.label not in there), table.x_label)
+                   tuple(_result(row, seen[label], table.domains) for label, row in there.items()), tuple(gaps),
+                   tuple(_unfinished(r, n_done[r.label]) for r in table.rows if n_done[r.label] < len(r.seeds)),
+                   table.x_label)
 
 
-def _is_finished(row: Row) -> bool:
-    folders = [f for a in row.seeds for f in a.folders]
-    losses = [a.losses for a in row.seeds if a.losses]
-    return all((Path(f) / MANIFEST).is_file() for f in folders) and all(Path(p).is_file() for p in losses)
+def _n_finished(row: Row) -> int:
+    """How many of the row's seeds are, from the first on."""
+    return sum(1 for _ in itertools.takewhile(_is_finished, row.seeds))
+
+
+def _is_finished(answers: Answers) -> bool:
+    return all((Path(f) / MANIFEST).is_file() for f in answers.folders) and (
+        answers.losses is None or Path(answers.losses).is_file())
+
+
+def _unfinished(row: Row, n_done: int) -> str:
+    return f"{row.label}, {len(row.seeds) - n_done} of {n_of(len(row.seeds), 'seed')}" if n_done else row.label
 
 
 def observations(answers: Answers, domains: Sequence[str]) -> Observations:
@@ -139,21 +169,25 @@ def _columns(seeds: Sequence[Observations], kept: Sequence[int]) -> list[Observa
     return [Observations(o.values[:, list(kept)], o.users, o.domains) for o in seeds]
 
 
-def _result(row: Row, seeds: Sequence[Observations]) -> Result:
+def _result(row: Row, seeds: Sequence[Observations], domains: Sequence[str]) -> Result:
     kept = _defined(seeds)
     chosen = _columns(seeds, kept)
     deviations: Sequence[float | None] = seed_deviations(chosen) or [None] * len(kept)
     numbers = {METRICS[k]: Number(i.mean, i.low, i.high, sd)
                for k, i, sd in zip(kept, mean_intervals(chosen), deviations, strict=True)}
-    losses = [json.loads(Path(a.losses).read_text(encoding="utf-8")) for a in row.seeds if a.losses]
-    return Result(row.label, len(seeds), len(seeds[0].values), row.tokens, numbers,
+    by_domain = {domain: {METRICS[k]: float(np.mean([o.values[o.domains == i, k] for o in seeds])) for k in kept}
+                 for i, domain in enumerate(domains)}
+    losses = [json.loads(Path(a.losses).read_text(encoding="utf-8")) for a in row.seeds[:len(seeds)] if a.losses]
+    return Result(row.label, len(seeds), len(seeds[0].values), row.tokens, numbers, by_domain,
                   {c: float(np.mean([m[c] for m in losses])) for c in losses[0]} if losses else {}, row.x)
 
 
-def _gaps(label: str, other: str, a: Sequence[Observations], b: Sequence[Observations]) -> list[Gap]:
+def _gaps(row: Row, other: Row, a: Sequence[Observations], b: Sequence[Observations]) -> list[Gap]:
+    """Seed by seed; an untrained model or a baseline, which has one, against every seed."""
     kept = [k for k in _defined(a) if k in _defined(b)]
-    if len(a) > 1 and len(b) > 1:  # one may have more seeds; the first ones are of the same seeds
+    if min(len(a), len(b)) > 1 or (row.tokens and other.tokens):
         n = min(len(a), len(b))
         a, b = a[:n], b[:n]
     found = paired_differences(_columns(a, kept), _columns(b, kept))
-    return [Gap(label, other, METRICS[k], d.mean, d.low, d.high, d.p) for k, d in zip(kept, found, strict=True)]
+    return [Gap(row.label, other.label, METRICS[k], d.mean, d.low, d.high, d.p, max(len(a), len(b)))
+            for k, d in zip(kept, found, strict=True)]

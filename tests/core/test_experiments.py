@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,10 +21,10 @@ from cprec.eval.run import EvalOptions, evaluate
 from data_prep.config import PrepConfig
 from experiments import sources, text
 from experiments.arms import Answers, Line
-from experiments.claims import Row, Table, tables
-from experiments.compare import outcomes
+from experiments.claims import Deciding, Row, Table, deciding, tables
+from experiments.compare import decided, outcomes
 from experiments.forms import Source, World, load_form, load_world
-from experiments.report import DECIDING, write_report
+from experiments.report import publish, wall_seconds, write_report
 from experiments.steps import DONE, LOG, Step, StepError, in_order, is_done, run_steps, select, share_cores
 from tests.eval.folders import Query, Shop, write_queries
 
@@ -124,9 +125,9 @@ def test_every_step_is_estimated_below_ten_minutes_and_every_arm_has_its_steps(f
     labels = [(t, [r.label for r in t.rows]) for t in tables(made)]
     assert all(set(r.against) < set(names) and len(set(names)) == len(names) for t, names in labels for r in t.rows)
     assert {t.claim for t in tables(made)} == {1, 2, 3, 4, 5}
-    compared = {(t.claim, t.key, r.label, other) for t in tables(made) for r in t.rows for other in r.against}
-    assert all(any((c, row, other) == (claim, r, a) and key.startswith(k) for claim, key, r, a in compared)
-               for c, k, row, other in DECIDING)
+    compared = {(t.claim, t.key, frozenset((r.label, a))) for t in tables(made) for r in t.rows for a in r.against}
+    asked = [(d.claim, d.table, frozenset((d.better, d.than))) for d in deciding(made)]
+    assert set(asked) <= compared and len(set(asked)) == len(asked) and {d[0] for d in asked} == {1, 2, 3, 4}
 
 
 def test_a_claim_alone_takes_its_own_steps_and_what_they_need(tmp_path: Path) -> None:
@@ -235,25 +236,134 @@ def test_text_is_of_packages_that_say_the_licence_and_a_part_of_it_is_held_out(t
         text._licence(distribution("scipy"), "GPL")
 
 
-def test_a_table_joins_the_domains_of_several_folders_and_says_what_was_not_run(tmp_path: Path) -> None:
+def folders_of(tmp_path: Path) -> Answers:
+    """Popularity's answers to two domains of two queries each, in a folder each."""
     people = [Query("a", [1, 2], 0), Query("b", [0], 3), Query("c", [0, 1, 2, 1, 2, 1], 5, is_cold=True)]
     shops = {"new": Shop(list("abcdef"), people[:2], kind="unseen", n_train=[10, 4, 3, 2, 1, 0]),
              "rare": Shop(list("abcdef"), people[1:], kind="unseen", n_train=[10, 4, 3, 2, 1, 0])}
     queries = write_queries(tmp_path / "queries", shops)
     for domain in shops:
         evaluate(EvalOptions(queries=str(queries), out=str(tmp_path / domain), baseline="popularity", domains=[domain]))
-    split = Answers((str(tmp_path / "new"), str(tmp_path / "rare")))
-    table = Table("k", 1, "Title", ("new", "rare"), (
-        Row("one", (split,)), Row("same", (split, split), ("one", "gone"), tokens=7),
-        Row("gone", (Answers((str(tmp_path / "nowhere"),)),))))
-    found, = outcomes([table])
-    assert found.missing == ("gone",) and [r.label for r in found.results] == ["one", "same"]
+    return Answers((str(tmp_path / "new"), str(tmp_path / "rare")))
+
+
+def test_a_table_joins_the_domains_of_several_folders_and_says_what_was_not_run(tmp_path: Path) -> None:
+    split, nowhere = folders_of(tmp_path), Answers((str(tmp_path / "nowhere"),))
+    table = Table("zero_shot", 1, "Title", ("new", "rare"), (
+        Row("one", (split,)), Row("same", (split, split, nowhere, split), ("one", "gone"), tokens=7),
+        Row("other", (split,), ("same",), tokens=7), Row("gone", (nowhere,))))
+    asked = Deciding(1, "zero_shot", "one", "same")
+    found, = outcomes([table], [asked])
+    assert found.missing == ("same, 2 of 4 seeds", "gone")
+    assert [(r.label, r.n_seeds) for r in found.results] == [("one", 1), ("same", 2), ("other", 1)]
     # popularity ranks a 1, b 3 in new, b 3, c 3 in rare: NDCG 1, 1/2 and 1/2, 1/2
     assert found.results[0].numbers["NDCG@10"].mean == pytest.approx((0.75 + 0.5) / 2)
+    assert found.results[1].by_domain["new"] == pytest.approx({"NDCG@10": 0.75, "HR@10": 1})
     assert found.results[0].n_queries == 4 and "NLL" not in found.results[0].numbers
-    assert [(g.metric, g.mean, g.p, g.verdict) for g in found.gaps] == [
-        ("NDCG@10", 0, 1, "no difference shown"), ("HR@10", 0, 1, "no difference shown")]
+    assert [(g.metric, g.against, g.mean, g.p, g.n_seeds, g.verdict) for g in found.gaps] == [
+        ("NDCG@10", "one", 0, 1, 2, "no difference shown"),  # the untrained one against both seeds
+        ("HR@10", "one", 0, 1, 2, "no difference shown"),
+        ("NDCG@10", "same", 0, 1, 1, "no difference shown"),  # trained, of one seed: against the same seed
+        ("HR@10", "same", 0, 1, 1, "no difference shown")]
+    assert [g.p_holm == 1 for g in found.gaps] == [True, True, False, False]  # only of what decides
+    turned = decided([found], asked)
+    assert (turned["HR@10"].row, turned["HR@10"].against) == ("one", "same")
     write_report([found], line("tiny", "journey", tmp_path / "work"), tmp_path / "report")
     shown = (tmp_path / "report/report.md").read_text()
-    assert "| same | 2 | 7 | 0.6250" in shown and "Not run: gone." in shown and (tmp_path / "report/k.png").is_file()
-    assert json.loads((tmp_path / "report/k.json").read_text())["results"][0]["numbers"]["HR@10"]["mean"] == 1
+    assert "| same | 2 | 7 | 0.6250" in shown and "Not run: same, 2 of 4 seeds; gone." in shown
+    assert "| one | 0.7500 / - / - | 0.5000 / - / - |" in shown and "explores" in shown
+    result = json.loads((tmp_path / "report/zero_shot.json").read_text())["results"][0]
+    assert result["numbers"]["HR@10"]["mean"] == 1 and (tmp_path / "report/zero_shot.png").is_file()
+
+
+def test_holm_adjusts_over_the_deciding_comparisons_alone_and_a_turned_one_has_the_claims_sign(tmp_path: Path) -> None:
+    split = folders_of(tmp_path)
+    half = Answers((split.folders[0],))
+    rows = (Row("one", (half,)), Row("a", (half,), ("one",)), Row("b", (half,), ("one", "a")))
+    asked = [Deciding(1, "t", "one", "a"), Deciding(1, "t", "b", "one")]
+    found, = outcomes([Table("t", 1, "T", ("new",), rows)], asked)
+    gap = replace(found.gaps[0], mean=0.25, low=-0.5, high=1.0, p=0.01, p_holm=0.02)
+    assert (gap.verdict, gap.turned().verdict) == ("better", "worse")
+    assert (gap.turned().low, gap.turned().high) == (-1.0, 0.5) and replace(gap, metric="NLL").verdict == "worse"
+    assert [(g.row, g.against, g.p_holm == g.p_holm) for g in found.gaps if g.metric == "HR@10"] == [
+        ("a", "one", True), ("b", "one", True), ("b", "a", False)]
+
+
+def pages(repo: Path, *keys: str) -> dict[str, str]:
+    marks = "".join(f"about {k}\n<!-- experiments:{k}:begin -->\nold\n<!-- experiments:{k}:end -->\n" for k in keys)
+    texts = {"docs/experiments.md": f"# Head\n{marks}tail\n", "README.md": f"# Read\n{marks}foot\n"}
+    for name, text_ in texts.items():
+        (repo / name).parent.mkdir(parents=True, exist_ok=True)
+        (repo / name).write_text(text_)
+    return texts
+
+
+def everything(repo: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(repo)): p.read_bytes() for p in sorted(repo.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    folder = tmp_path / "work/report"
+    folder.mkdir(parents=True)
+    (folder / "report.md").write_text("Numbers.\n\n![shots](zero_shot.png)\n")
+    (folder / "summary.md").write_text("| a |\n")
+    (folder / "zero_shot.png").write_bytes(b"png")
+    return folder
+
+
+def test_publishing_fills_both_pages_between_the_marks_and_leaves_another_worlds_part(report: Path,
+                                                                                    tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    pages(repo, "cpu-amazon", "cpu-journey")
+    other = repo / "experiments/results/cpu-journey/report.md"
+    other.parent.mkdir(parents=True)
+    other.write_text("theirs")
+    stale = repo / "experiments/results/cpu-amazon/stale.json"
+    stale.parent.mkdir()
+    stale.touch()
+    publish(report, "cpu-amazon", repo)
+    docs, readme = ((repo / name).read_text() for name in ("docs/experiments.md", "README.md"))
+    begin, end = "<!-- experiments:cpu-amazon:begin -->\n", "<!-- experiments:cpu-amazon:end -->\n"
+    theirs = "about cpu-journey\n<!-- experiments:cpu-journey:begin -->\nold\n<!-- experiments:cpu-journey:end -->\n"
+    picture = "![shots](../experiments/results/cpu-amazon/zero_shot.png)"
+    assert docs == f"# Head\nabout cpu-amazon\n{begin}Numbers.\n\n{picture}\n{end}{theirs}tail\n"
+    assert readme.startswith(f"# Read\nabout cpu-amazon\n{begin}| a |\n") and readme.endswith(f"{end}{theirs}foot\n")
+    for page in ("docs/experiments.md", "README.md"):
+        links = re.findall(r"\]\(([^)]+)\)", (repo / page).read_text())
+        assert links and all((repo / page).parent.joinpath(name).is_file() for name in links)
+    assert other.read_text() == "theirs" and not stale.exists()
+    before = everything(repo)
+    publish(report, "cpu-amazon", repo)
+    assert everything(repo) == before
+
+
+@pytest.mark.parametrize("page", ["docs/experiments.md", "README.md"])
+def test_publishing_changes_nothing_where_a_page_lacks_the_marks(page: str, report: Path, tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    texts = pages(repo, "cpu-amazon")
+    (repo / page).write_text(texts[page].replace("<!-- experiments:cpu-amazon:end -->", ""))
+    (repo / "experiments/results/cpu-amazon").mkdir(parents=True)
+    (repo / "experiments/results/cpu-amazon/about.json").write_text("{}")
+    before = everything(repo)
+    with pytest.raises(DataError, match="lacks the marks"):
+        publish(report, "cpu-amazon", repo)
+    assert everything(repo) == before
+
+
+def test_the_pages_have_marks_for_every_published_report_and_its_pictures_are_there() -> None:
+    for page in ("docs/experiments.md", "README.md"):
+        text_ = (REPO / page).read_text()
+        marks = set(re.findall(r"<!-- experiments:([\w-]+):begin -->", text_))
+        assert {"cpu-amazon", "gpu-amazon"} <= marks
+        pictures = re.findall(r"\]\(([^)]*experiments/results/[^)]+)\)", text_)
+        assert pictures and all((REPO / page).parent.joinpath(p).exists() for p in pictures)
+
+
+def test_wall_time_counts_steps_that_ran_side_by_side_once_and_no_pause() -> None:
+    def ended(at: str, seconds: float) -> dict[str, object]:
+        return {"finished": f"2026-01-01T00:{at}Z", "seconds": seconds}
+
+    # 0:00-1:00 and 0:30-2:00 overlap, 0:40-0:50 within; 10:00-10:30 after a pause
+    steps = [ended("10:30", 30), ended("02:00", 90), ended("01:00", 60), ended("00:50", 10)]
+    assert wall_seconds(steps) == 150

@@ -25,8 +25,9 @@ from cprec.settings import load_settings
 from data_prep.config import PrepConfig
 
 REPO = Path(__file__).parents[2]
-PAGES = sorted(p for pattern in ("*.md", "docs/**/*.md", "examples/*/README.md", "launch/slurm/README.md",
-                                 "ds_configs/README.md") for p in REPO.glob(pattern) if p.name != "CHANGELOG.md")
+PAGES = sorted(p for pattern in ("*.md", "docs/**/*.md", "examples/*/README.md", "experiments/README.md",
+                                 "launch/slurm/README.md", "ds_configs/README.md")
+               for p in REPO.glob(pattern) if p.name != "CHANGELOG.md")
 FENCED = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 STARTS = r"(?:make|python[\d.]*|deepspeed|torchrun|mpirun|srun|sbatch|spark-submit|pip|launch/[\w/]+\.(?:py|sh)) "
 INLINE = re.compile(rf"`({STARTS}[^`]+)`")
