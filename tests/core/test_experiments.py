@@ -24,7 +24,7 @@ from experiments.arms import Answers, Line
 from experiments.claims import Deciding, Row, Table, deciding, tables
 from experiments.compare import decided, outcomes
 from experiments.forms import Source, World, load_form, load_world
-from experiments.report import publish, wall_seconds, write_report
+from experiments.report import _about, _met, publish, wall_seconds, write_report
 from experiments.steps import DONE, LOG, Step, StepError, in_order, is_done, run_steps, select, share_cores
 from tests.eval.folders import Query, Shop, write_queries
 
@@ -55,6 +55,7 @@ def test_steps_run_after_what_they_need_and_are_not_run_again(tmp_path: Path) ->
     assert book.read_text() == "aAbcd"
     done = json.loads((tmp_path / "work/c/1" / DONE).read_text())
     assert done["commands"] == [list(says("c", book))] and done["seconds"] >= 0 and done["commit"]
+    assert done["versions"]["torch"] and done["argv"] == sys.argv
 
 
 def test_a_step_that_fails_is_named_with_its_words_and_the_next_run_goes_on_there(tmp_path: Path) -> None:
@@ -367,3 +368,24 @@ def test_wall_time_counts_steps_that_ran_side_by_side_once_and_no_pause() -> Non
     # 0:00-1:00 and 0:30-2:00 overlap, 0:40-0:50 within; 10:00-10:30 after a pause
     steps = [ended("10:30", 30), ended("02:00", 90), ended("01:00", 60), ended("00:50", 10)]
     assert wall_seconds(steps) == 150
+
+
+def test_a_report_says_what_ran_how_long_and_how_many_of_those_asked_about_were_learned_from(tmp_path: Path) -> None:
+    made = line("tiny", "journey", tmp_path / "work")
+    prepared = Path(made.prepared())
+    shop = Shop(list("abcdef"), [Query("a", [1, 2], 0), Query("b", [0], 3)], kind="unseen", n_train=[6, 5, 4, 3, 2, 1])
+    write_queries(prepared / "queries", dict.fromkeys(made.world.unseen, shop))
+    (prepared / "interactions").mkdir()
+    pq.write_table(pa.table({"user_id": ["b", "b", "z"]}), prepared / "interactions/train.parquet")
+    for name, seconds, argv in (("text", 30, ["/home/me/experiments/run.py", "--form", "tiny"]),
+                                ("base", 60, ["/home/me/experiments/run.py", "--data", "/home/me/data"])):
+        (tmp_path / "work" / name).mkdir(parents=True)
+        (tmp_path / "work" / name / DONE).write_text(json.dumps({
+            "commands": [], "seconds": seconds, "commit": name, "device": "a machine", "argv": argv,
+            "versions": {"torch": "2.9" if name == "text" else "2.10"}, "finished": "2026-01-01T00:10:00Z"}))
+    about = _about(made)
+    assert about.queried == dict.fromkeys(made.world.unseen, (1, 2)) and about.key == "tiny-journey"
+    assert about.form == made.form.model_dump() and about.world["few"] == made.world.few
+    assert (about.seconds, about.step_minutes, about.wall_minutes) == ({"text": 30, "base": 60}, 1.5, 1.0)
+    assert about.argv == ["run.py --data FOLDER", "run.py --form tiny"] and about.versions == {"torch": ["2.10", "2.9"]}
+    assert "the users of 4 of the 8 queries (nutrition 1 of 2, " in _met(about)
