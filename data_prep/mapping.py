@@ -160,7 +160,8 @@ def _met(events: Table) -> dict[str, int]:
     asked |= {f"there_{name}": events[name].count() for name in numbers}
     if "timestamp" in numbers:
         stamp = numbers["timestamp"]
-        asked |= {"largest": stamp.try_cast("int64").max(), "n_seconds": _n_where((stamp >= S_FROM) & (stamp < MS_FROM))}
+        asked |= {"largest": stamp.try_cast("int64").max(),
+                  "n_seconds": _n_where((stamp >= S_FROM) & (stamp < MS_FROM))}
     met: dict[str, int] = events.agg(**asked).to_pyarrow().to_pylist()[0] if asked else {}
     return met | {"n_lost": sum(met[f"there_{name}"] - (met[f"n_{name}"] or 0) for name in numbers)}
 
