@@ -273,12 +273,11 @@ def test_an_export_begins_a_new_trunk_with_a_warm_up_and_rows_in_another_order(
     assert new.config.data.seed == 1 and restarting_config(folder, Rewarming(FOUR, seed=7)).data.seed == 7
 
 
-def test_an_average_is_told_apart_from_a_run_with_what_to_do_instead(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("annealed", [False, True])
+def test_an_average_is_told_apart_from_a_run_with_what_to_do_instead(tmp_path: Path, annealed: bool) -> None:
     (tmp_path / "cprec_average.json").write_text("{}")
-    monkeypatch.setattr(sys, "argv", ["anneal.py", "--from", str(tmp_path), "--rewarm", "2", "--steps", "4"])
     with pytest.raises(CheckpointError, match=rf"average of models.*launch/pretrain.py.*model.path={tmp_path}"):
-        anneal.main()
+        find_parent(str(tmp_path), annealed=annealed)
 
 
 def test_a_branch_that_stands_elsewhere_is_found_by_its_lease(
