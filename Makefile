@@ -111,7 +111,7 @@ bench-rank: $(VENV)/.installed
 soak: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.faults.run --kills $(KILLS) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-# The paper's claims on a small model, about 35 minutes on two cores; experiments/README.md. The same command goes on.
+# The paper's claims on a small model, about 65 minutes on two cores; experiments/README.md. The same command goes on.
 experiments-cpu: $(VENV)/.installed
 	$(BIN)/python experiments/run.py --form cpu $(if $(DATA),--data $(DATA)) $(ARGS)
 

@@ -94,8 +94,8 @@ def name_lost_ranks() -> Iterator[None]:
             raise
         raise LostRankError(f"rank {rank()} on {socket.gethostname()} has lost another rank ({seen.group()}): it was "
                             f"killed, has failed, or its machine is gone; look for its last lines, or in that "
-                            f"machine's log (out of memory?); the same command goes on from the newest complete "
-                            f"checkpoint") from e
+                            f"machine's log (out of memory?); the same command goes on from what is "
+                            f"complete") from e
 
 
 def barrier() -> None:

@@ -115,7 +115,7 @@ def load_for_training(path: str, *, backend: str, dtype: torch.dtype, seq_len: i
     config.pad_token_id = None  # its embedding would get no gradient, though it may be a token of the text (bos, eos)
     lm = _load(path, config=config, dtype=dtype, attn_implementation=attention.BACKENDS[backend].implementation,
                trust_remote_code=trust_remote_code)
-    refuse_own_attention(lm, path)
+    refuse_own_attention(lm, f"model.path={path!r}")
     _enlarge_vocabulary(lm, vocab_size)
     lm.config.use_cache = False  # with a cache, transformers silently stops isolating documents
     _switch_off_dropout(lm)
@@ -207,10 +207,10 @@ def misfits(config: Any) -> list[str]:
     return problems
 
 
-def refuse_own_attention(lm: PreTrainedModel, path: str) -> None:
+def refuse_own_attention(lm: PreTrainedModel, of: str) -> None:
     """Raise ConfigError for a loaded model that computes attention itself, or carries a state beside it."""
     if not lm._supports_attention_backend or lm._is_stateful:
-        raise ConfigError(f"model.path={path!r}: {type(lm).__name__} keeps a state or an attention of its own, which "
+        raise ConfigError(f"{of}: {type(lm).__name__} keeps a state or an attention of its own, which "
                           f"would not stop at a document's end, nor keep the prefixes of a search apart; it is not "
                           f"supported")
 

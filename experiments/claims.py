@@ -18,7 +18,9 @@ LONGER_BASE = "base, fine-tuned for as many tokens as pre-training took"
 TUNED = "CPRec, fine-tuned"
 SPECIFIC = "domain-specific histories only"
 MIXED = "all-domain mixed histories only"
+SHUFFLED = "control: each user's events in random order"
 TITLES = "control: titles dealt out to random users"
+BASELINE = "baseline: "
 COSINE, LINEAR = "cosine from the warm-up on", "linear from the warm-up on"
 CONSTANT = "constant: the trunk, never annealed"
 CONSTANT_TUNED = "never annealed, fine-tuned"
@@ -46,6 +48,8 @@ class Row:
     """Of continual pre-training, or of fine-tuning in its place; null: none, or not counted."""
     x: float | None = None
     """Its place in the picture of a table that has one."""
+    is_fixed: bool = False
+    """The same whatever the seed: nothing is trained, or a baseline. Held against every seed of another row."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,9 @@ def deciding(line: Line) -> list[Deciding]:
     """What Holm's adjustment is over, and what a summary shows; all else explores."""
     form, k = line.form, _longest(line)
     baseline = "item_knn" if "item_knn" in form.rank.baselines else form.rank.baselines[0]
-    return [Deciding(1, "zero_shot", CPREC, BASE), Deciding(1, "zero_shot", CPREC, f"baseline: {baseline}"),
-            Deciding(1, f"shots_{k}", TUNED, TUNED_BASE),
-            *(Deciding(2, "corpora", CPREC, row) for row in (SPECIFIC, MIXED, TITLES)),
+    return [Deciding(1, "zero_shot", CPREC, BASE), Deciding(1, "zero_shot", CPREC, BASELINE + baseline),
+            *(Deciding(1, f"shots_{k}", TUNED, row) for row in (TUNED_BASE, LONGER_BASE)),
+            *(Deciding(2, "corpora", CPREC, row) for row in (SPECIFIC, MIXED, SHUFFLED, TITLES)),
             *(Deciding(3, "schedules", CPREC, row) for row in (COSINE, LINEAR, CONSTANT)),
             Deciding(3, "schedules_tuned", TUNED, CONSTANT_TUNED),
             Deciding(4, "domains", _n_domains(len(line.world.pretrain)), _n_domains(1))]
@@ -90,9 +94,9 @@ def _n_domains(n: int) -> str:
 def _cpt_helps(line: Line) -> list[Table]:
     """Claim 1: with against without continual pre-training, zero-shot and after fine-tuning; against baselines."""
     form, base, seeds = line.form, line.base_model(), range(line.form.seeds)
-    baselines = [Row(f"baseline: {name}", (line.baseline(name, 1),)) for name in form.rank.baselines]
+    baselines = [Row(BASELINE + name, (line.baseline(name, 1),), is_fixed=True) for name in form.rank.baselines]
     disjoint = [line.pretrain("disjoint", BOTH, seed=s, prepared="disjoint") for s in seeds]
-    zero = [Row(BASE, (line.rank(base, 1),)),
+    zero = [Row(BASE, (line.rank(base, 1),), is_fixed=True),
             Row(CPREC, tuple(line.rank(line.cprec(s), 1) for s in range(form.headline_seeds)),
                 (BASE, *(b.label for b in baselines)), form.tokens),
             Row("CPRec, no user of the queries learned from", _ranked(line, disjoint, 1), (BASE, CPREC), form.tokens),
@@ -117,7 +121,7 @@ def _all_domain_helps(line: Line) -> list[Table]:
         ("specific", SPECIFIC, {"specific/*": 1.0}, "main"),
         ("mixed", MIXED, {"mixed": 1.0}, "main"),
         ("single", f"one domain ({line.world.single})", {f"specific/{line.world.single}": 1.0}, "main"),
-        ("shuffled", "control: each user's events in random order", BOTH, "shuffled"),
+        ("shuffled", SHUFFLED, BOTH, "shuffled"),
         ("titles", TITLES, BOTH, "titles")]
     rows = [Row(CPREC, _cprec(line, 2), tokens=line.form.tokens)]
     for name, label, mix, prepared in arms:
@@ -151,7 +155,7 @@ def _wsa_helps(line: Line) -> list[Table]:
 def _scaling(line: Line) -> list[Table]:
     """Claim 4: tokens seen (stable checkpoints of one trunk), and number of domains (their own histories only)."""
     base, form = line.base_model(), line.form
-    start = Row(BASE, (line.rank(base, 4, measure=True),), x=0)
+    start = Row(BASE, (line.rank(base, 4, measure=True),), x=0, is_fixed=True)
     by_tokens = [start]
     for share in (0.25, 0.5, 0.75, 1.0):
         n = round(share * form.train.steps) * form.tokens_per_step
@@ -163,10 +167,10 @@ def _scaling(line: Line) -> list[Table]:
         ("specific", {"specific/*": 1.0}, len(line.world.pretrain))]
     by_domains = [start]
     for name, mix, n_domains in counts:
-        model = line.pretrain(name, mix, seed=0)
+        models = [line.pretrain(name, mix, seed=s) for s in range(form.seeds)]
+        answers = tuple(line.rank(m, 4, measure=s == 0) for s, m in enumerate(models))
         against = (BASE,) if n_domains == 1 else (BASE, _n_domains(1))
-        by_domains.append(Row(_n_domains(n_domains), (line.rank(model, 4, measure=True),), against, form.tokens,
-                              x=n_domains))
+        by_domains.append(Row(_n_domains(n_domains), answers, against, form.tokens, x=n_domains))
     unseen = tuple(line.world.unseen)
     return [Table("tokens", 4, "Tokens seen", unseen, tuple(by_tokens), "tokens of pre-training"),
             Table("domains", 4, "Number of pre-training domains, at the same tokens", unseen, tuple(by_domains),
@@ -176,7 +180,7 @@ def _scaling(line: Line) -> list[Table]:
 def _forgetting(line: Line) -> list[Table]:
     """Claim 5: plain text before and after, with shares of it in the mixture."""
     form = line.form
-    rows = [Row(BASE, (line.rank(line.base_model(), 5, measure=True),)),
+    rows = [Row(BASE, (line.rank(line.base_model(), 5, measure=True),), is_fixed=True),
             Row("CPRec, no replay", (line.rank(line.cprec(0), 5, measure=True),), (BASE,), form.tokens)]
     for percent in (1, 5):
         share = percent / 100

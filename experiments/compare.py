@@ -3,15 +3,14 @@
 reads: evaluation folders (`launch/rank.py`) and losses (`experiments.measure`). writes: nothing. costs: seconds per
 table. Statistics are `cprec.eval.stats`: the unit is the user, seeds are the second level; the primary endpoint is
 NDCG@10, macro over the table's domains. Holm's adjustment is over the comparisons that decide claims, for each metric
-by itself; what explores keeps its plain p.
+by itself, those that are not run yet included; what explores keeps its plain p.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,11 +23,13 @@ from cprec.eval.metrics import LOWER_IS_BETTER
 from cprec.eval.stats import Observations, holm, mean_intervals, paired_differences, seed_deviations
 from cprec.format import MANIFEST
 from experiments.arms import Answers
-from experiments.claims import Deciding, Row, Table
+from experiments.claims import BASELINE, Deciding, Row, Table
 
 METRICS = ("NDCG@10", "HR@10", "NLL", "bits/byte")
 """The first is the primary endpoint. NLL: nats of the target's line."""
 PRIMARY = METRICS[0]
+OF_LIKELIHOOD = {"NLL", "bits/byte"}
+"""What baselines do not have."""
 ALPHA = 0.05
 
 
@@ -54,14 +55,18 @@ class Gap:
     high: float
     p: float
     n_seeds: int
+    """Trainings that the comparison rests on: pairs, or those of the one side that is trained."""
     p_holm: float = math.nan
     """Of a comparison that decides a claim; NaN for others."""
 
     @property
     def verdict(self) -> str:
-        """Of a comparison that decides a claim, in a word."""
-        if not self.p_holm < ALPHA:
+        """Of a comparison that decides a claim, in a word. P is about users, for the seeds that were trained, and the
+        interval about both; there is none about other seeds where there was one."""
+        if not self.p_holm < ALPHA or self.low <= 0 <= self.high:
             return "no difference shown"
+        if self.n_seeds < 2:
+            return "of one seed"
         return "better" if (self.mean > 0) != (self.metric in LOWER_IS_BETTER) else "worse"
 
     def turned(self) -> Gap:
@@ -107,7 +112,9 @@ def outcomes(tables: Sequence[Table], deciding: Sequence[Deciding]) -> list[Outc
     adjusted: dict[int, float] = {}
     for metric in METRICS:
         of_metric = [g for g in family if g.metric == metric]
-        adjusted |= zip(map(id, of_metric), holm([g.p for g in of_metric]), strict=True)
+        planned = sum(metric not in OF_LIKELIHOOD or not d.than.startswith(BASELINE) for d in deciding)
+        ps = [g.p for g in of_metric] + [1.0] * (planned - len(of_metric))
+        adjusted |= zip(map(id, of_metric), holm(ps), strict=False)
     return [replace(o, gaps=tuple(replace(g, p_holm=adjusted.get(id(g), math.nan)) for g in o.gaps)) for o in found]
 
 
@@ -119,20 +126,15 @@ def decided(found: Sequence[Outcome], asked: Deciding) -> dict[str, Gap]:
 
 
 def _outcome(table: Table) -> Outcome:
-    n_done = {r.label: _n_finished(r) for r in table.rows}
-    there = {r.label: r for r in table.rows if n_done[r.label]}
-    seen = {label: [observations(a, table.domains) for a in row.seeds[:n_done[label]]] for label, row in there.items()}
+    seen = {r.label: {i: observations(a, table.domains) for i, a in enumerate(r.seeds) if _is_finished(a)}
+            for r in table.rows}
+    there = {r.label: r for r in table.rows if seen[r.label]}
     gaps = [gap for label, row in there.items() for other in row.against if other in there
             for gap in _gaps(row, there[other], seen[label], seen[other])]
     return Outcome(table.key, table.claim, table.title, table.domains,
                    tuple(_result(row, seen[label], table.domains) for label, row in there.items()), tuple(gaps),
-                   tuple(_unfinished(r, n_done[r.label]) for r in table.rows if n_done[r.label] < len(r.seeds)),
+                   tuple(_unfinished(r, len(seen[r.label])) for r in table.rows if len(seen[r.label]) < len(r.seeds)),
                    table.x_label)
-
-
-def _n_finished(row: Row) -> int:
-    """How many of the row's seeds are, from the first on."""
-    return sum(1 for _ in itertools.takewhile(_is_finished, row.seeds))
 
 
 def _is_finished(answers: Answers) -> bool:
@@ -169,25 +171,29 @@ def _columns(seeds: Sequence[Observations], kept: Sequence[int]) -> list[Observa
     return [Observations(o.values[:, list(kept)], o.users, o.domains) for o in seeds]
 
 
-def _result(row: Row, seeds: Sequence[Observations], domains: Sequence[str]) -> Result:
-    kept = _defined(seeds)
-    chosen = _columns(seeds, kept)
+def _result(row: Row, seeds: Mapping[int, Observations], domains: Sequence[str]) -> Result:
+    """The row over those of its seeds that are finished, by their numbers."""
+    of = list(seeds.values())
+    kept = _defined(of)
+    chosen = _columns(of, kept)
     deviations: Sequence[float | None] = seed_deviations(chosen) or [None] * len(kept)
     numbers = {METRICS[k]: Number(i.mean, i.low, i.high, sd)
                for k, i, sd in zip(kept, mean_intervals(chosen), deviations, strict=True)}
-    by_domain = {domain: {METRICS[k]: float(np.mean([o.values[o.domains == i, k] for o in seeds])) for k in kept}
+    by_domain = {domain: {METRICS[k]: float(np.mean([o.values[o.domains == i, k] for o in of])) for k in kept}
                  for i, domain in enumerate(domains)}
-    losses = [json.loads(Path(a.losses).read_text(encoding="utf-8")) for a in row.seeds[:len(seeds)] if a.losses]
-    return Result(row.label, len(seeds), len(seeds[0].values), row.tokens, numbers, by_domain,
+    losses = [json.loads(Path(path).read_text(encoding="utf-8")) for i in seeds if (path := row.seeds[i].losses)]
+    return Result(row.label, len(of), len(of[0].values), row.tokens, numbers, by_domain,
                   {c: float(np.mean([m[c] for m in losses])) for c in losses[0]} if losses else {}, row.x)
 
 
-def _gaps(row: Row, other: Row, a: Sequence[Observations], b: Sequence[Observations]) -> list[Gap]:
-    """Seed by seed; an untrained model or a baseline, which has one, against every seed."""
-    kept = [k for k in _defined(a) if k in _defined(b)]
-    if min(len(a), len(b)) > 1 or (row.tokens and other.tokens):
-        n = min(len(a), len(b))
-        a, b = a[:n], b[:n]
-    found = paired_differences(_columns(a, kept), _columns(b, kept))
-    return [Gap(row.label, other.label, METRICS[k], d.mean, d.low, d.high, d.p, max(len(a), len(b)))
+def _gaps(row: Row, other: Row, a: Mapping[int, Observations], b: Mapping[int, Observations]) -> list[Gap]:
+    """Seed by seed, those that both have, if any; what is the same whatever the seed against every one."""
+    both = sorted(a.keys() & b.keys())
+    of_a = list(a.values()) if row.is_fixed or other.is_fixed else [a[i] for i in both]
+    of_b = list(b.values()) if row.is_fixed or other.is_fixed else [b[i] for i in both]
+    if not of_a:
+        return []
+    kept = [k for k in _defined(of_a) if k in _defined(of_b)]
+    found = paired_differences(_columns(of_a, kept), _columns(of_b, kept))
+    return [Gap(row.label, other.label, METRICS[k], d.mean, d.low, d.high, d.p, max(len(of_a), len(of_b)))
             for k, d in zip(kept, found, strict=True)]

@@ -69,7 +69,7 @@ class About:
     wall_minutes: float
     """In which at least one of them ran."""
     queried: dict[str, tuple[int, int]]
-    """Unseen domain -> of its queries, those whose user pre-training learned from; and all."""
+    """Unseen domain -> of its queries, those whose user has events that pre-training may read; and all."""
 
 
 def main() -> None:
@@ -119,8 +119,10 @@ def summary(found: Sequence[Outcome], line: Line, about: About) -> str:
     """The comparisons that decide the claims, one a line, and plain text before and after."""
     f = line.form
     lines = [f"{f.about}; {f.tokens:,} tokens of pre-training per arm; {'; '.join(about.device)}; commit "
-             f"{', '.join(about.commits)}. Differences as the claim has them; p by Holm over the lines of this table, "
-             f"for each metric by itself.", "",
+             f"{', '.join(about.commits)}. Differences as the claim has them, with 95 % intervals over users and "
+             f"seeds; p is about users, for the seeds that were trained, by Holm over the lines of this table, for "
+             f"each metric by itself. A claim holds, or the contrary, where p is below 0.05, the interval leaves 0 "
+             f"out and there are several seeds.", "",
              "| claim | compared | seeds | NDCG@10 | p | NLL, nats | p | by NDCG@10; by NLL |",
              "|---|---|---:|---:|---:|---:|---:|---|"]
     for asked in deciding(line):
@@ -143,7 +145,8 @@ def summary(found: Sequence[Outcome], line: Line, about: About) -> str:
 
 def _holds(gap: Gap | None) -> str:
     """What a comparison, turned as the claim has it, says of the claim."""
-    return "-" if gap is None else {"better": "holds", "worse": "the contrary"}.get(gap.verdict, "not shown")
+    words = {"better": "holds", "worse": "the contrary", "no difference shown": "not shown"}
+    return "-" if gap is None else words.get(gap.verdict, gap.verdict)
 
 
 def publish(report: Path, key: str, repo: Path = REPO) -> None:
@@ -177,21 +180,22 @@ def _about(line: Line) -> About:
     seconds = {n: float(str(d["seconds"])) for n, d in done.items()}
     versions: dict[str, set[str]] = {}
     for d in done.values():
-        for package, version in cast(dict[str, str], d["versions"]).items():
+        for package, version in cast(dict[str, str], d.get("versions", {})).items():
             versions.setdefault(package, set()).add(version)
     return About(
         key=f"{line.form_name}-{line.world_name}", form=line.form.model_dump(), world=line.world.model_dump(),
         tokens=line.form.tokens, device=sorted({str(d["device"]) for d in done.values()}),
         versions={p: sorted(v) for p, v in versions.items()}, commits=sorted({str(d["commit"]) for d in done.values()}),
-        argv=sorted({_shown_argv(cast(list[str], d["argv"])) for d in done.values()}), n_steps=len(line.steps),
-        seconds=seconds, step_minutes=round(sum(seconds.values()) / 60, 1),
+        argv=sorted({_shown_argv(cast(list[str], d["argv"])) for d in done.values() if "argv" in d}),
+        n_steps=len(line.steps), seconds=seconds, step_minutes=round(sum(seconds.values()) / 60, 1),
         wall_minutes=round(wall_seconds(done.values()) / 60, 1), queried=_queried(line))
 
 
 def _shown_argv(argv: Sequence[str]) -> str:
     """A command without the names of the reader's own folders."""
-    return shlex.join("FOLDER" if before == "--data" else Path(word).name if i == 0 else word
-                      for i, (before, word) in enumerate(zip(["", *argv], argv, strict=False)))
+    words = [re.sub(r"^(--data|--work)=.*", r"\1=FOLDER", word) for word in argv]
+    return shlex.join("FOLDER" if before in ("--data", "--work") else Path(word).name if i == 0 else word
+                      for i, (before, word) in enumerate(zip(["", *words], words, strict=False)))
 
 
 def wall_seconds(done: Iterable[Mapping[str, Any]]) -> float:
@@ -205,7 +209,7 @@ def wall_seconds(done: Iterable[Mapping[str, Any]]) -> float:
 
 
 def _queried(line: Line) -> dict[str, tuple[int, int]]:
-    """Of each unseen domain's queries, how many are of users whose events pre-training learned from, and all."""
+    """Of each unseen domain's queries, how many are of users with events that pre-training may read, and all."""
     prepared = Path(line.prepared())
     if not (prepared / "interactions/train.parquet").is_file():
         return {}
@@ -324,11 +328,12 @@ def _picture(o: Outcome, out: Path) -> str | None:
 
 
 def _met(about: About) -> str:
-    """How many of those who are asked about were learned from: only they can differ in the arm without them."""
+    """How many of those who are asked about may have been learned from: what the arm without them leaves out."""
     n_met, n = (sum(of[i] for of in about.queried.values()) for i in (0, 1))
-    return (f"Pre-training learned from the users of {n_met:,} of the {n:,} queries ("
+    return (f"The users of {n_met:,} of the {n:,} queries have events that pre-training may read ("
             + ", ".join(f"{d} {met} of {of}" for d, (met, of) in about.queried.items())
-            + "): the arm that learned from no user of the queries can tell something of these alone.")
+            + "): the arm that learns from no user of the queries leaves these out. It is another training run too, "
+            "and its difference is over all queries.")
 
 
 def _saved(line: Line) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cprec import cli
-from cprec.errors import ConfigError
+from cprec.errors import ConfigError, n_of
 
 if TYPE_CHECKING:
     from experiments.steps import Step
@@ -55,11 +55,15 @@ def main() -> None:
     if args.list or args.dry_run:
         _show(steps, done, jobs=form.jobs, with_commands=args.dry_run)
         return
+    long = [s.name for s in steps if s.name not in done and args.minutes and s.seconds > 60 * args.minutes]
+    if long:
+        raise ConfigError(f"--minutes {args.minutes:g}: {n_of(len(long), 'step')} would never start, being estimated "
+                          f"to take longer ({', '.join(long[:3])}{', ...' * (len(long) > 3)}; see --list); give more "
+                          f"minutes, or leave --minutes out")
     with only_writer(work, wait_s=5):
         left = run_steps(steps, work, jobs=args.jobs or form.jobs, minutes=args.minutes)
     if left:
-        print(f"{len(left)} of {len(steps)} steps are left, the next of about {left[0].seconds / 60:.1f} minutes; the "
-              f"same command goes on")
+        print(f"{len(left)} of {len(steps)} steps are left; the same command goes on")
     if left or args.steps:
         return
     report = [sys.executable, "-m", "experiments.report", "--form", args.form, "--world", world, "--work", str(work)]

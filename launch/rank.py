@@ -27,7 +27,8 @@ from cprec.eval.run import EvalOptions, evaluate, expectation, refuse_full
 from cprec.process import only_writer
 
 LONGEST_WAIT = timedelta(days=30)
-"""For the process with the most to rank: whoever has finished only waits, and a lost one ends all of them anyway."""
+"""For the process with the most to rank: whoever has finished only waits. A lost one ends the others with torchrun, or
+`srun --kill-on-bad-exit`; with gloo by itself."""
 
 
 def parse_arguments() -> tuple[EvalOptions, str | None]:
@@ -73,7 +74,7 @@ def main() -> None:
     if "RANK" in os.environ:
         dist.init(timeout=LONGEST_WAIT)
     try:
-        with only_writer(Path(options.out)) if dist.rank() == 0 else nullcontext():
+        with dist.name_lost_ranks(), only_writer(Path(options.out)) if dist.rank() == 0 else nullcontext():
             manifest = evaluate(options)
         if dist.rank() == 0:
             report = make_report({short_name(manifest): options.out})

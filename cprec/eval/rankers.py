@@ -104,7 +104,7 @@ def load_model(folder: Path, protocol: str, dtype: str) -> LoadedModel:
     if parse_protocol(protocol).kind == "open":  # transformers' sdpa silently leaves capped scores uncapped
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     lm = load_for_inference(str(folder), attention=attention, dtype=DTYPES[dtype], device=dist.device())
-    refuse_own_attention(lm, str(folder))
+    refuse_own_attention(lm, f"the model in {folder}")
     tokenizer = load_tokenizer(str(folder))
     if tokenizer.vocab_size > lm.config.vocab_size:
         raise ConfigError(f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1}, the model knows "

@@ -354,10 +354,12 @@ def refuse_full(options: EvalOptions, full: str) -> None:
 
 def _refuse_incomparable(full: str, whole: EvalInputs, sampled_out: str, drawn: EvalInputs) -> None:
     different = [d for d in whole.differs(drawn) if not d.startswith("protocol")]
-    if (parse_protocol(drawn.protocol).kind != "uniform" or whole.protocol != "full" or whole.rank_up_to or different):
+    if whole.rank_up_to:
+        different.append(f"ranks only up to rank_up_to={whole.rank_up_to}")
+    if parse_protocol(drawn.protocol).kind != "uniform" or whole.protocol != "full" or different:
         raise DataError(f"{full} and {sampled_out} cannot be compared: the one has to be protocol full with exact "
                         f"ranks, the other uniform-M, of the same model and queries "
-                        f"({whole.protocol} / {drawn.protocol}; {'; '.join(different)})")
+                        f"({'; '.join([f'{whole.protocol} / {drawn.protocol}', *different])})")
 
 
 def expectation(full: str, sampled_out: str) -> str:

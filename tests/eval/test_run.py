@@ -295,7 +295,7 @@ def test_what_the_full_ranks_make_one_expect_is_printed_beside(options: EvalOpti
 @pytest.mark.parametrize(("full", "asked", "named"), [
     ({}, {"dtype": "float32"}, "dtype: float64 / float32"),
     ({}, {"limit": 1}, "limit: None / 1"),
-    ({"rank_up_to": 3}, {}, "with exact ranks"),
+    ({"rank_up_to": 3}, {"rank_up_to": 3}, "ranks only up to rank_up_to=3"),
     ({}, {"model": None, "dtype": "float32", "baseline": "popularity"}, "model_hash: .* / baseline:popularity"),
 ])
 def test_an_expectation_that_is_another_ones_is_refused_before_anything_is_ranked(
