@@ -95,20 +95,27 @@ def greedy(folders: Sequence[Path], out: Path, corpora: Corpora) -> None:
         log.info("%s: validation loss %.5f", folder, found.loss)
     first, *rest = sorted(weights, key=lambda w: losses[w.folder].loss)
     kept, best = [first], losses[first.folder]
-    trial = out.with_name(out.name + ".trial")
     for candidate in rest:
-        shutil.rmtree(trial, ignore_errors=True)
-        with name_refused_writes(trial):
-            trial.mkdir(parents=True)
-            _write_weights([*kept, candidate], trial)
-        found = validation_loss(trial, rows, corpora.rows)
+        found = _trial_loss([*kept, candidate], out, rows, corpora.rows)
         better = found.loss <= best.loss
         log.info("with %s: %.5f, %s", candidate.folder, found.loss, "kept" if better else "left out")
         if better:
             kept, best = [*kept, candidate], found
-    shutil.rmtree(trial, ignore_errors=True)
     origin = {**asked, "kept": [str(w.folder) for w in kept], "loss": best.loss, "loss_by_corpus": best.by_corpus}
     _write(kept, out, origin, losses=losses)
+
+
+def _trial_loss(weights: Sequence[_Weights], out: Path, corpora: Mapping[str, PackedCorpus], n_rows: int) -> Loss:
+    """Loss of the models' mean, which stands beside `out` meanwhile."""
+    trial = out.with_name(out.name + ".trial")
+    shutil.rmtree(trial, ignore_errors=True)
+    try:
+        with name_refused_writes(trial):
+            trial.mkdir(parents=True)
+            _write_weights(weights, trial)
+        return validation_loss(trial, corpora, n_rows)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ reads: the free space of a folder. writes: nothing of its own.
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,36 +15,41 @@ from pathlib import Path
 from cprec.errors import CheckpointError, CPRecError
 from cprec.format import sync
 
-REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What only a write is told; a failing disk (EIO) says the same of a read."""
 
 
 @contextmanager
 def name_refused_writes(folder: Path) -> Iterator[None]:
     """Turn what a write at or below `folder` says that found no room, a read-only or a failing disk, into
-    CheckpointError. Libraries in Rust (safetensors, tokenizers) say it in errors of their own."""
+    CheckpointError. Libraries in Rust (safetensors, tokenizers) say it in errors of their own, without the file's name
+    and without what was done to it: of those a failing disk stays what it is."""
     try:
         yield
     except CPRecError:
         raise
     except Exception as e:
-        number = e.errno if isinstance(e, OSError) else _number_in(e)
-        if number not in REFUSED:
+        refusal = _refusal_in(e, folder.absolute())
+        if refusal is None:
             raise
-        assert number is not None
         there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         name = getattr(e, "filename", None) or f"below {folder}"
         error = CheckpointError(
-            f"cannot write {name}: {os.strerror(number)} ({shutil.disk_usage(there).free:,} bytes are free there). "
+            f"cannot write {name}: {refusal} ({shutil.disk_usage(there).free:,} bytes are free there). "
             f"Make room, or let it be written to (quota, file size limit, mount options), and give the same command "
             f"again; training goes on from the newest complete checkpoint")
         error.on_one_rank = True
         raise error from e
 
 
-def _number_in(error: Exception) -> int | None:
-    """What the system said, of an error of a library in Rust: `No space left on device (os error 28)`."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+def _refusal_in(error: Exception, folder: Path) -> str | None:
+    """What a refused write said; None for any other error, such as of a disk that fails where something is read."""
+    if isinstance(error, OSError):
+        name = error.filename
+        is_ours = not isinstance(name, (str, Path)) or str(Path(name).absolute()).startswith(str(folder))
+        return error.strerror if error.errno in REFUSED or (error.errno == errno.EIO and is_ours) else None
+    number = re.search(r"\(os error (\d+)\)", str(error))  # `No space left on device (os error 28)`
+    return str(error) if number and int(number[1]) in REFUSED else None
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cprec.errors import CheckpointError, ConfigError, DataError
 from cprec.train.average import Corpora, _open_corpora, greedy, uniform, validation_loss
+from cprec.train.disk import name_refused_writes
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +52,39 @@ def test_a_uniform_average_is_the_mean_of_every_tensor_and_a_model(models: list[
     AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
 
 
-def test_an_average_on_a_full_disk_is_one_clear_error_and_leaves_nothing(models: list[Path], tmp_path: Path) -> None:
-    with tiny.largest_file(40_000), pytest.raises(CheckpointError, match=r"cannot write below .*soup: File too large"):
-        uniform(models, tmp_path / "soup")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("kind", ["uniform", "greedy"])
+def test_an_average_on_a_full_disk_is_one_clear_error_and_leaves_nothing(
+        models: list[Path], tmp_path: Path, kind: str) -> None:
+    packed = tmp_path / "packed"
+    tiny.write_corpus(packed, "valid/toys", model=models[0], n_rows=3, seed=3, kind="valid")
+    with (tiny.largest_file(40_000),
+          pytest.raises(CheckpointError, match=r"cannot write below .*soup.*File too large .*bytes are free")):
+        if kind == "uniform":
+            uniform(models, tmp_path / "soup")
+        else:
+            greedy(models, tmp_path / "soup", Corpora(str(packed), rows=3))
+    assert [p.name for p in tmp_path.iterdir()] == ["packed"]
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (OSError(errno.ENOSPC, "No space left on device", "run/x"), r"cannot write run/x: No space left on device \(\d"),
+    (RuntimeError("safetensors: No space left on device (os error 28)"),
+     r"cannot write below run: safetensors: No space left on device \(os error 28\)"),
+    (OSError(errno.EIO, "Input/output error", "run/x"), r"cannot write run/x: Input/output error"),
+    (OSError(errno.EIO, "Input/output error"), r"cannot write below run: Input/output error"),
+    (OSError(errno.EIO, "Input/output error", "run.partial/x"), r"cannot write run.partial/x: Input/output error"),
+    (OSError(errno.EIO, "Input/output error", "base/model.safetensors"), None),
+    (RuntimeError("cannot read base/model.safetensors: Input/output error (os error 5)"), None),
+])
+def test_only_what_a_write_says_is_told_as_a_refused_write(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str | None) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception) as raised, name_refused_writes(Path("run")):
+        raise error
+    if said is None:
+        assert raised.value is error
+    else:
+        assert isinstance(raised.value, CheckpointError) and re.match(said, str(raised.value))
 
 
 def test_16_bit_weights_are_summed_in_float32(models: list[Path], tmp_path: Path) -> None:
