@@ -89,7 +89,8 @@ def prune(run_dir: Path, config: CheckpointConfig) -> list[str]:
 
 def give_back_parents(run_dir: Path) -> None:
     """Give the checkpoints that living branches need back what a pruning, killed in the middle, had taken: their name.
-    For the run's only writer, before rests are removed; collective. Raises CheckpointError when a lease cannot be read.
+    For the run's only writer, before rests are removed; collective. Raises CheckpointError, on every rank, when a lease
+    cannot be read or a name not given back.
     """
     problems = []
     if dist.rank() == 0:
@@ -97,6 +98,9 @@ def give_back_parents(run_dir: Path) -> None:
             _give_back_parents(run_dir)
         except CheckpointError as e:
             problems.append(str(e))
+        except OSError as e:  # the other ranks wait below
+            problems.append(f"a checkpoint of {run_dir} that a branch needs, half pruned, could not be given its "
+                            f"{STATE} back: {e}; make it writable and start the run again")
     raise_all(dist.gather_texts(problems), of="branches", error=CheckpointError)
 
 

@@ -241,3 +241,14 @@ def test_a_pruning_that_was_killed_is_undone_only_where_a_living_branch_needs_al
     (run / "branches/x.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"branches/x.json is no lease of a branch"):
         give_back_parents(run)
+
+
+def test_a_parent_that_cannot_be_given_back_is_an_error_that_every_rank_hears_of(tmp_path: Path, like: Path) -> None:
+    run = tmp_path / "run"
+    folder = saved(run, 4, 8)[0]
+    parent = ParentConfig(run_dir=str(run), step=4, state_hash=read_checkpoint(folder).state_hash)
+    lease(run, 4, branch(tmp_path / "branch", parent, like))
+    (folder / "state.json").rename(folder / "state.json.pruned")
+    (folder / "state.json").mkdir()  # no file can take this name
+    with pytest.raises(CheckpointError, match=r"could not be given its state.json back: .*Is a directory"):
+        give_back_parents(run)
