@@ -36,6 +36,7 @@ from cprec.storage import is_url
 from cprec.tokenizer import load_tokenizer
 from cprec.train.checkpoint import AVERAGED
 from cprec.train.disk import name_refused_writes, replacing_folder
+from cprec.train.model_card import front_matter, licence_files, read_card
 
 log = get_logger(__name__)
 MAY_DIFFER = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -218,8 +219,10 @@ def _write(weights: Sequence[_Weights], out: Path, origin: Mapping[str, Any], lo
 
 
 def _write_weights(weights: Sequence[_Weights], folder: Path) -> None:
-    """The mean of the models in the new folder, in the first one's shards, with its config and tokenizer."""
+    """The mean of the models in the new folder, in the first one's shards, with its config, tokenizer and licence."""
     first = weights[0]
+    for path in licence_files(str(first.folder)):
+        shutil.copyfile(path, folder / path.name)
     for path in first.folder.iterdir():
         if path.suffix in (".json", ".model", ".jinja", ".txt") and not path.name.startswith("cprec_"):
             shutil.copyfile(path, folder / path.name)
@@ -262,11 +265,12 @@ def _is_there(out: Path, origin: Mapping[str, Any]) -> bool:
 
 
 def _model_card(weights: Sequence[_Weights], name: str, origin: Mapping[str, Any], losses: Mapping[Path, Loss]) -> str:
-    """Model card: what was averaged, how it was chosen, what it gives on the corpora it was chosen by."""
-    first = _origin(weights[0].folder)
+    """Model card: what was averaged, how it was chosen, what it gives on the corpora it was chosen by; with the base
+    model, licence and language of the first model's card."""
+    first, folder_of_first = _origin(weights[0].folder), str(weights[0].folder)
     kept = [w.folder for w in weights]
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation",
-             "tags: [recommendation, continual-pretraining, model-soup, cprec]", "---", "", f"# {name}", "",
+    lines = [front_matter(folder_of_first, base_model=read_card(folder_of_first).get("base_model"),
+                          tags=["model-soup"]), "", f"# {name}", "",
              f"The {origin['kind']} average of the weights of {len(kept)} models (model soup, arXiv:2203.05482)"
              + (f"; the first is step {first['step']:,} of `{first['run']}`." if "run" in first else "."), "",
              "| model | run | step | in the average | validation loss |", "|---|---|---:|---|---:|"]

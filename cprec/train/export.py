@@ -24,7 +24,7 @@ from cprec.model import load_config, load_transformers_tokenizer
 from cprec.train.checkpoint import EXPORTED, Checkpoint, read_run_config, verify_checkpoint
 from cprec.train.disk import name_refused_writes, replacing_folder
 from cprec.train.lora import adapter_tensors, merged, write_adapter_config
-from cprec.train.model_card import LICENSE, model_card
+from cprec.train.model_card import licence_files, model_card
 from cprec.train.partitions import DTYPES, SavedWeights
 
 log = get_logger(__name__)
@@ -49,14 +49,14 @@ def export(checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype, adapter_onl
         return
     verify_checkpoint(checkpoint)
     with name_refused_writes(out), replacing_folder(out) as partial:
+        for licence in licence_files(config.model.path):
+            shutil.copyfile(licence, partial / licence.name)
         weights = SavedWeights(checkpoint.folder)
         if adapter_only:
             _write_adapter(partial, weights, config, dtype)
         else:
             _write_model(partial, weights, config, dtype)
         load_transformers_tokenizer(config.model.path).save_pretrained(partial)
-        if (licence := Path(config.model.path) / LICENSE).is_file():
-            shutil.copyfile(licence, partial / LICENSE)
         (partial / "README.md").write_text(model_card(config, checkpoint), encoding="utf-8")
         (partial / EXPORTED).write_text(json.dumps(origin, indent=1), encoding="utf-8")
     log.info("exported step %d of %s to %s", checkpoint.state.step, checkpoint.run_dir, out)

@@ -1,4 +1,5 @@
-"""The model card of an export: what the model is of, as Hugging Face's hub and a stranger read it.
+"""The model card of an export: what the model is of, as Hugging Face's hub and a stranger read it; of any model its
+metadata and the files of its licence.
 
 reads: the run's config, data record, metrics and its ancestors' configs; the base model's card, if it is at hand.
 """
@@ -6,6 +7,7 @@ reads: the run's config, data record, metrics and its ancestors' configs; the ba
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -14,12 +16,14 @@ from cprec.config import RunConfig
 from cprec.data.corpora import DataRecord, read_data_record
 from cprec.errors import CPRecError
 from cprec.format import file_hash
+from cprec.log import get_logger
 from cprec.template import Template
 from cprec.train.checkpoint import CONFIG, Checkpoint, read_run_config
 from cprec.train.metrics import read_metrics
 
-LICENSE = "LICENSE"
-"""File of a base model that an export takes along."""
+log = get_logger(__name__)
+LINKABLE = ("LICENSE", "LICENSE.md")
+"""Names of a model's own file that the hub takes for `license_link`."""
 
 
 def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
@@ -27,7 +31,7 @@ def model_card(config: RunConfig, checkpoint: Checkpoint) -> str:
     s, lora = checkpoint.state, config.model.lora
     data = read_data_record(checkpoint.run_dir)
     return "\n".join([
-        "---", yaml.safe_dump(_metadata(config), sort_keys=False).rstrip(), "---", "", f"# {checkpoint.run_dir.name}",
+        front_matter(config.model.path, base_model=_name_on_hub(config.model.path)), "", f"# {checkpoint.run_dir.name}",
         "", f"Continual pre-training of `{config.model.path}` on behaviour sequences of {len(data.corpora)} corpora "
         f"with CPRec (after arXiv:2504.08949).", "",
         f"- step {s.step:,}, {s.tokens_seen:,} tokens seen, {s.phase} phase next",
@@ -53,24 +57,44 @@ def _state_of_config(checkpoint: Checkpoint) -> str:
                                         f"with other settings, of those that may change"
 
 
-def _metadata(config: RunConfig) -> dict[str, object]:
-    """The card's metadata, as the hub takes it; a base model in a folder has no name there, and is left out."""
-    path = config.model.path
-    base, name = _base_card(path), _name_on_hub(path)
-    language = {"language": base["language"]} if "language" in base else {}
-    return {**({"base_model": name} if name else {}), **_licence(path, base, name), **language,
-            "library_name": "transformers", "pipeline_tag": "text-generation",
-            "tags": ["recommendation", "continual-pretraining", "cprec"]}
+def front_matter(model: str, *, base_model: object, tags: Sequence[str] = ()) -> str:
+    """A card's metadata, as the hub takes it, with licence and language of `model`, a folder or a name on the hub.
+
+    `base_model`: name, or names, on the hub; None is left out, as a folder has no name there.
+    """
+    card = read_card(model)
+    language = {"language": card["language"]} if "language" in card else {}
+    values = {**({"base_model": base_model} if base_model else {}), **_licence(model, card), **language,
+              "library_name": "transformers", "pipeline_tag": "text-generation",
+              "tags": ["recommendation", "continual-pretraining", *tags, "cprec"]}
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 
-def _licence(path: str, base: dict[str, object], name: str | None) -> dict[str, object]:
-    """Licence fields; a link is a URL, or the LICENSE that the export has beside the card."""
-    found: dict[str, object] = {k: base[k] for k in ("license", "license_name", "license_link") if k in base} or {
+def licence_files(model: str) -> list[Path]:
+    """Files of a model's folder that go with its weights: what its card links to as the licence, or else LICENSE,
+    LICENSE.txt and the like; none of a model on the hub."""
+    folder = Path(model)
+    linked = folder / str(read_card(model).get("license_link", ""))
+    if linked.parent == folder and linked.is_file():
+        return [linked]
+    return sorted(p for p in folder.glob("LICENSE*") if p.is_file())
+
+
+def _licence(model: str, card: dict[str, object]) -> dict[str, object]:
+    """Licence fields; a link is a URL, or one of the files that stand beside the new card, too."""
+    files = [p.name for p in licence_files(model)]
+    name = _name_on_hub(model)
+    found: dict[str, object] = {k: card[k] for k in ("license", "license_name", "license_link") if k in card} or {
         "license": "other", "license_name": "as-base-model",
-        "license_link": f"https://huggingface.co/{name}" if name else LICENSE}
-    link = str(found.get("license_link"))
-    is_there = link.startswith("https://") or (link == LICENSE and (Path(path) / LICENSE).is_file())
-    return found if is_there else {k: v for k, v in found.items() if k != "license_link"}
+        "license_link": f"https://huggingface.co/{name}" if name else next((f for f in LINKABLE if f in files), None)}
+    link = found.pop("license_link", None)
+    if link is None:
+        return found
+    if str(link).startswith(("https://", "http://")) or str(Path(str(link))) in files:
+        return {**found, "license_link": link}
+    log.warning("license_link %r in the card of %s is neither a URL nor a file of that folder: the new card has none",
+                link, model)
+    return found
 
 
 def _name_on_hub(path: str) -> str | None:
@@ -78,9 +102,9 @@ def _name_on_hub(path: str) -> str | None:
     return None if Path(path).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) else path
 
 
-def _base_card(path: str) -> dict[str, object]:
-    """Metadata of the base model's card, where its folder has one."""
-    card = Path(path) / "README.md"
+def read_card(model: str) -> dict[str, object]:
+    """Metadata of a model's card, where its folder has one."""
+    card = Path(model) / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     if not text.startswith("---\n"):
         return {}

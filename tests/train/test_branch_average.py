@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,6 +51,20 @@ def test_a_uniform_average_is_the_mean_of_every_tensor_and_a_model(models: list[
     assert {p.name for p in (tmp_path / "sharded").glob("*.safetensors")} == {
         p.name for p in models[1].glob("*.safetensors")}
     AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
+
+
+def test_an_average_has_base_model_licence_and_language_of_its_first_model(models: list[Path], tmp_path: Path) -> None:
+    first = tiny.write_model(tmp_path / "first")
+    said = {"base_model": "org/base", "license": "other", "license_name": "terms", "license_link": "LICENSE",
+            "language": ["en", "de"]}
+    (first / "README.md").write_text(f"---\n{yaml.safe_dump(said)}---\n# first\n")
+    (first / "LICENSE").write_text("terms")
+    uniform([first, models[1]], tmp_path / "soup")
+    uniform([tmp_path / "soup", models[2]], tmp_path / "again")  # and the average of an average
+    for out in (tmp_path / "soup", tmp_path / "again"):
+        metadata = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+        assert {k: metadata[k] for k in said} == said and "model-soup" in metadata["tags"]
+        assert (out / "LICENSE").read_text() == "terms"
 
 
 @pytest.mark.parametrize("kind", ["uniform", "greedy"])

@@ -120,28 +120,48 @@ def test_a_model_card_tells_base_licence_data_lineage_and_losses(checkpoint: Che
     assert "1,024 tokens seen" in text and "| valid/toys |" in text and checkpoint.state_hash in text
 
 
-@pytest.mark.parametrize(("card", "has_file", "expected"), [
-    (None, True, {"license": "other", "license_name": "as-base-model", "license_link": "LICENSE"}),
-    (None, False, {"license": "other", "license_name": "as-base-model"}),
-    ("{license: other, license_name: mine, license_link: LICENSE}", True,
-     {"license": "other", "license_name": "mine", "license_link": "LICENSE"}),
-    ("{license: other, license_name: mine, license_link: /home/me/terms.txt}", True,
-     {"license": "other", "license_name": "mine"}),
-    ("{license: llama3, license_link: 'https://example.org/terms'}", False,
-     {"license": "llama3", "license_link": "https://example.org/terms"}),
+@pytest.mark.parametrize(("card", "files", "expected", "travels"), [
+    (None, ["LICENSE"], {"license": "other", "license_name": "as-base-model", "license_link": "LICENSE"}, ["LICENSE"]),
+    (None, [], {"license": "other", "license_name": "as-base-model"}, []),
+    (None, ["LICENSE.txt"], {"license": "other", "license_name": "as-base-model"}, ["LICENSE.txt"]),
+    ("{license: other, license_name: mine, license_link: LICENSE}", ["LICENSE"],
+     {"license": "other", "license_name": "mine", "license_link": "LICENSE"}, ["LICENSE"]),
+    ("{license: other, license_name: mine, license_link: LICENSE.md}", ["LICENSE", "LICENSE.md"],
+     {"license": "other", "license_name": "mine", "license_link": "LICENSE.md"}, ["LICENSE.md"]),
+    ("{license: other, license_name: mine, license_link: terms.txt}", ["terms.txt"],
+     {"license": "other", "license_name": "mine", "license_link": "terms.txt"}, ["terms.txt"]),
+    ("{license: other, license_name: mine, license_link: /home/me/terms.txt}", ["LICENSE"],
+     {"license": "other", "license_name": "mine"}, ["LICENSE"]),
+    ("{license: llama3, license_link: 'https://example.org/terms'}", [],
+     {"license": "llama3", "license_link": "https://example.org/terms"}, []),
+    ("{license: llama3, license_link: 'http://example.org/terms'}", ["LICENSE.txt"],
+     {"license": "llama3", "license_link": "http://example.org/terms"}, ["LICENSE.txt"]),
+    ("{license: apache-2.0}", ["LICENSE.md"], {"license": "apache-2.0"}, ["LICENSE.md"]),
 ])
-def test_a_card_names_no_folder_of_this_machine_where_the_hub_wants_a_name_or_a_link(
-        checkpoint: Checkpoint, tmp_path: Path, card: str | None, has_file: bool, expected: dict[str, str]) -> None:
+def test_a_licence_travels_and_a_card_names_no_folder_of_this_machine_where_the_hub_wants_a_name_or_a_link(
+        checkpoint: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture, card: str | None, files: list[str],
+        expected: dict[str, str], travels: list[str]) -> None:
     values = read_run_config(checkpoint.run_dir).model_dump()
     model = Path(shutil.copytree(values["model"]["path"], tmp_path / "base"))
     (model / "README.md").unlink()
     if card:
         (model / "README.md").write_text(f"---\n{card}\n---\n")
-    if has_file:
-        (model / "LICENSE").write_text("terms")
+    for name in files:
+        (model / name).write_text(f"terms of {name}")
     values["model"]["path"] = str(model)
     metadata = yaml.safe_load(model_card(tiny.run_config(values), checkpoint).split("---")[1])
     assert {k: v for k, v in metadata.items() if k.startswith("license")} == expected and "base_model" not in metadata
+    is_left_out = card is not None and "license_link" in card and "license_link" not in expected
+    assert ("neither a URL nor a file" in caplog.text) == is_left_out
+    run = Path(shutil.copytree(checkpoint.run_dir, tmp_path / "run"))
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    export(list_checkpoints(run)[-1], tmp_path / "hf", dtype=torch.bfloat16)
+    found = {p.name: p.read_text() for p in (tmp_path / "hf").iterdir() if p.name in {*files, "LICENSE"}}
+    assert found == {name: f"terms of {name}" for name in travels}
+
+
+def test_the_card_of_a_model_of_the_hub_names_it_and_links_its_licence_there(checkpoint: Checkpoint) -> None:
+    values = read_run_config(checkpoint.run_dir).model_dump()
     values["model"]["path"] = "Qwen/Qwen2.5-0.5B"
     metadata = yaml.safe_load(model_card(tiny.run_config(values), checkpoint).split("---")[1])
     assert metadata["base_model"] == "Qwen/Qwen2.5-0.5B"
