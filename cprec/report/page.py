@@ -209,6 +209,7 @@ def _checkpoints(run: Run) -> list[str]:
              f"{e.n_bytes / 1e9:.3f}", f"{e.world_size} x ZeRO-{e.zero_stage}", m.Text(_kept(e))]
             for e in found.checkpoints]
     notes = [*found.broken, *(f"{name}: incomplete, or being written" for name in found.incomplete)]
+    notes += [f"{name}: half pruned, or being pruned" for name in found.half_pruned]
     notes += [f"{name}: put aside, its files were altered" for name in found.put_aside]
     header = ["step", m.Text("phase next"), "tokens", "validation loss", "GB", "saved by", m.Text("kept as")]
     return [m.table(header, rows) if rows else m.paragraph("None is complete yet."),

@@ -29,13 +29,13 @@ from cprec.train.checkpoint import (
     EXPORTED,
     STATE,
     Checkpoint,
+    Folders,
     checkpoint_name,
     checkpoints_dir,
-    find_broken,
-    find_rests,
-    list_checkpoints,
+    look,
     read_checkpoint,
     read_run_config,
+    why_incomplete,
 )
 from cprec.train.run_folder import FREE_TO_CHANGE
 
@@ -107,9 +107,10 @@ def find_checkpoint(source: str, *, phases: Sequence[str] = ()) -> Checkpoint:
         raise CheckpointError(f"--from {source}: {step!r} after the @ is no step; give a number, or {LATEST_STABLE}")
     if step and (folder := checkpoints_dir(run_dir) / checkpoint_name(int(step))).is_dir():
         return read_checkpoint(folder)
-    known = list_checkpoints(run_dir)
+    found = look(run_dir)
+    known = found.complete
     fitting = [] if step else [c for c in known if not phases or c.state.phase in phases]
-    passed_over = _passed_over(run_dir, newer_than=fitting[-1].folder.name if fitting else "")
+    passed_over = _passed_over(found, newer_than=fitting[-1].folder.name if fitting else "")
     if not fitting:
         listed = ", ".join(f"{c.state.step} ({c.state.phase})" for c in known)
         raise CheckpointError("\n  ".join([f"--from {source}: no such checkpoint; complete ones of {path}: "
@@ -119,12 +120,10 @@ def find_checkpoint(source: str, *, phases: Sequence[str] = ()) -> Checkpoint:
     return fitting[-1]
 
 
-def _passed_over(run_dir: Path, *, newer_than: str) -> list[str]:
-    """What is wrong with each of the run's newer folders that would be a checkpoint if its save had not been cut short
-    or its `state.json` altered."""
-    rests = {rest: f"{rest} has no {STATE}: it is being saved now, or an interrupted save left it"
-             for rest in find_rests(run_dir)}
-    wrong = find_broken(run_dir) | rests
+def _passed_over(found: Folders, *, newer_than: str) -> list[str]:
+    """What is wrong with each of the newer folders that would be a checkpoint if its save or its pruning had not been
+    cut short or its `state.json` altered."""
+    wrong = found.broken | {rest: f"{rest} is no complete checkpoint: {why_incomplete(rest)}" for rest in found.rests}
     return [why for folder, why in sorted(wrong.items()) if folder.name > newer_than]
 
 

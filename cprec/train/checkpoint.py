@@ -33,6 +33,8 @@ EXPORTED, AVERAGED = "cprec_export.json", "cprec_average.json"
 """What an export has, to say of which run and step it is; and an average, to say of which models."""
 BROKEN = "broken_"
 """What the folder's name begins with when a checkpoint was put aside because its files were altered."""
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""What reading a file says that is not there, or whose name something else has."""
 
 
 class State(Settings):
@@ -108,13 +110,47 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+@dataclass(frozen=True)
+class Folders:
+    """The folders of a run's checkpoints as one look found them, oldest first: those with a sound `state.json`; what is
+    wrong with those whose `state.json` was altered; rests of interrupted saves and prunings, which have none."""
+
+    complete: list[Checkpoint]
+    broken: dict[Path, str]
+    rests: list[Path]
+
+
+def look(run_dir: Path) -> Folders:
+    """What there is in a run's folder of checkpoints. No other file than each `state.json` is read."""
+    found = Folders([], {}, [])
+    for folder in sorted(checkpoints_dir(run_dir).glob("step_*")):
+        try:
+            found.complete.append(_read(folder))
+        except BrokenError as e:
+            found.broken[folder] = str(e)
+        except NO_FILE:
+            found.rests.append(folder)
+    return found
+
+
+def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """Checkpoints of a run that have a sound `state.json`, oldest first."""
+    return look(run_dir).complete
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """The complete checkpoint in `folder`, its other files not yet verified. Raises CheckpointError when there is none,
     BrokenError when its `state.json` was altered."""
+    try:
+        return _read(folder)
+    except NO_FILE:
+        complete = ", ".join(c.folder.name for c in list_checkpoints(folder.parent.parent)) or "none"
+        raise CheckpointError(f"{folder} is no complete checkpoint: {why_incomplete(folder)}; complete ones: "
+                              f"{complete}") from None
+
+
+def _read(folder: Path) -> Checkpoint:
     path = folder / STATE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no complete checkpoint: it has no {STATE}; complete ones: "
-                              f"{', '.join(c.folder.name for c in list_checkpoints(folder.parent.parent)) or 'none'}")
     try:
         state = State.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as e:
@@ -124,32 +160,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state)
 
 
-def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
-    """Checkpoints of a run that have a sound `state.json`, oldest first; what else there is, see `find_broken` and
-    `find_rests`."""
-    return _read_all(run_dir)[0]
+def is_half_pruned(folder: Path) -> bool:
+    """Whether a checkpoint was to go, and is not gone yet."""
+    return (folder / PRUNED).is_file()
 
 
-def find_broken(run_dir: Path) -> dict[Path, str]:
-    """What is wrong with each checkpoint whose `state.json` was altered, oldest first. Costs nothing: it reads no other
-    file, see `verify_checkpoint`."""
-    return _read_all(run_dir)[1]
-
-
-def _read_all(run_dir: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
-    found, broken = [], {}
-    for folder in sorted(checkpoints_dir(run_dir).glob("step_*")):
-        if (folder / STATE).is_file():
-            try:
-                found.append(read_checkpoint(folder))
-            except BrokenError as e:
-                broken[folder] = str(e)
-    return found, broken
-
-
-def find_rests(run_dir: Path) -> list[Path]:
-    """Folders that interrupted saves and prunings left behind, without `state.json`, oldest first."""
-    return [f for f in sorted(checkpoints_dir(run_dir).glob("step_*")) if not (f / STATE).is_file()]
+def why_incomplete(folder: Path) -> str:
+    """Why a folder has no `state.json`, with the way out."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if not is_half_pruned(folder):
+        return f"it has no {STATE}: it is being saved now, or an interrupted save left it"
+    return (f"it is being pruned now, or was when its run was killed; if nothing trains there, start "
+            f"{folder.parent.parent} once, by the command it was started with: it takes the checkpoint back where a "
+            f"living branch needs it and every file is still there, and removes it otherwise")
 
 
 def verify_checkpoint(checkpoint: Checkpoint) -> None:
@@ -187,7 +211,7 @@ def newest_sound(run_dir: Path) -> Checkpoint | None:
     the others they would count as one of the last. Raises CheckpointError when there are checkpoints and none is sound.
     """
     broken: dict[Path, str] = {}
-    rests = find_rests(run_dir)
+    rests = look(run_dir).rests
     for folder in sorted(set(checkpoints_dir(run_dir).glob("step_*")) - set(rests), reverse=True):
         try:
             found = read_checkpoint(folder)
@@ -204,7 +228,8 @@ def newest_sound(run_dir: Path) -> Checkpoint | None:
     dist.barrier()  # every rank has looked
     if dist.rank() == 0:
         for rest in rests:
-            log.warning("removed %s: an interrupted save left it without %s", rest, STATE)
+            log.warning("removed %s: an interrupted %s left it without %s", rest,
+                        "pruning" if is_half_pruned(rest) else "save", STATE)
             shutil.rmtree(rest)
         for folder, why in broken.items():
             log.warning("PASSED OVER, and put aside as %s%s: %s", BROKEN, folder.name, why)

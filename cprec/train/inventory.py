@@ -17,9 +17,8 @@ from cprec.train.checkpoint import (
     BROKEN,
     Checkpoint,
     checkpoints_dir,
-    find_broken,
-    find_rests,
-    list_checkpoints,
+    is_half_pruned,
+    look,
     read_checkpoint,
     verify_checkpoint,
 )
@@ -44,20 +43,22 @@ class Entry:
 @dataclass(frozen=True)
 class Inventory:
     """Complete checkpoints, oldest first; what is wrong with those whose `state.json` was altered; names of the folders
-    that are rests of saves, and of those put aside as altered."""
+    that are rests of saves, of those whose pruning was cut short, and of those put aside as altered."""
 
     checkpoints: list[Entry]
     broken: list[str]
     incomplete: list[str]
+    half_pruned: list[str]
     put_aside: list[str]
 
 
 def take_inventory(run_dir: Path, config: CheckpointConfig) -> Inventory:
     """What there is in the run's folder of checkpoints."""
-    checkpoints = list_checkpoints(run_dir)
-    reasons = reasons_to_keep(checkpoints, config, living_branches(run_dir))
-    return Inventory([_entry(c, reasons[c.state.step]) for c in checkpoints], [*find_broken(run_dir).values()],
-                     [f.name for f in find_rests(run_dir)],
+    found = look(run_dir)
+    reasons = reasons_to_keep(found.complete, config, living_branches(run_dir))
+    half_pruned = [f.name for f in found.rests if is_half_pruned(f)]
+    return Inventory([_entry(c, reasons[c.state.step]) for c in found.complete], [*found.broken.values()],
+                     [f.name for f in found.rests if f.name not in half_pruned], half_pruned,
                      [f.name for f in sorted(checkpoints_dir(run_dir).glob(f"{BROKEN}*"))])
 
 
@@ -81,6 +82,9 @@ def write_table(run_dir: Path, inventory: Inventory) -> Iterator[str]:
         yield f"BROKEN: {why}"
     for name in inventory.incomplete:
         yield f"{name}: incomplete; removed when the run starts again, unless it is being written now"
+    for name in inventory.half_pruned:
+        yield (f"{name}: half pruned; when the run starts again, taken back if a living branch needs it and every file "
+               f"is still there, else removed")
     for name in inventory.put_aside:
         yield f"{name}: put aside, its files were altered; delete it when you have looked at it"
 
@@ -88,7 +92,7 @@ def write_table(run_dir: Path, inventory: Inventory) -> Iterator[str]:
 def unsound(run_dir: Path) -> list[str]:
     """What is wrong with each checkpoint of the run that is not as it was written."""
     problems = []
-    rests = set(find_rests(run_dir))
+    rests = set(look(run_dir).rests)
     folders = sorted(set(checkpoints_dir(run_dir).glob("step_*")) - rests)
     for folder in progress(folders, total=len(folders), label="verify", unit="checkpoint"):
         try:

@@ -106,7 +106,7 @@ def train(config: RunConfig, *, traced: range = range(0), asked: list[int] | Non
         _hold(run_dir, held)
         claim_run_folder(run_dir, plan)
         if (parent := plan.config.parent) and dist.rank() == 0:
-            lease(Path(parent.run_dir), parent.step, run_dir)
+            lease(Path(parent.run_dir), parent.step, run_dir=run_dir)
         return _train(plan, run_dir, traced, [] if asked is None else asked)
 
 

@@ -28,8 +28,9 @@ from cprec.train.checkpoint import (
     State,
     checkpoint_name,
     checkpoints_dir,
-    find_rests,
+    is_half_pruned,
     list_checkpoints,
+    look,
     read_run_config,
 )
 
@@ -105,7 +106,7 @@ def give_back_parents(run_dir: Path) -> None:
 
 
 def _give_back_parents(run_dir: Path) -> None:
-    rests = [rest for rest in find_rests(run_dir) if (rest / PRUNED).is_file()]
+    rests = [rest for rest in look(run_dir).rests if is_half_pruned(rest)]
     branches = living_branches(run_dir) if rests else {}
     needed = {checkpoint_name(step): of for step, of in branches.items()}
     for rest in rests:
@@ -125,7 +126,7 @@ def _is_whole(rest: Path) -> bool:
         return False
 
 
-def lease(trunk: Path, step: int, run_dir: Path, *, is_of_sweep: bool = False) -> None:
+def lease(trunk: Path, step: int, *, run_dir: Path, is_of_sweep: bool = False) -> None:
     """Have the run in `trunk` keep the checkpoint that the branch in `run_dir` began from, or those of the sweep there
     will. Where its folder may not be written, a warning: nothing prunes it but its own run."""
     folder = trunk / "branches"

@@ -97,7 +97,7 @@ def keep_parent(parent: Checkpoint, out: Path) -> None:
     """Have the trunk, which may go on training, keep `parent` for the branches below `out` that have not begun: as long
     as that folder is there. Raises CheckpointError when it was pruned in this very moment."""
     out.mkdir(parents=True, exist_ok=True)
-    lease(parent.run_dir, parent.state.step, out, is_of_sweep=True)
+    lease(parent.run_dir, parent.state.step, run_dir=out, is_of_sweep=True)
     read_checkpoint(parent.folder)
 
 

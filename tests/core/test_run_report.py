@@ -112,7 +112,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     branch = plan_of(annealing_config(find_parent(f"{root / 'run'}@6"), Annealing(
         run_dir=str(root / "branch"), length=Length(steps=4), mix={"mixed": 1.0})).model_dump())
     assert branch.config.parent is not None
-    lease(root / "run", branch.config.parent.step, root / "branch")
+    lease(root / "run", branch.config.parent.step, run_dir=root / "branch")
     write_log(branch, range(7, 11))
     queries = write_queries(root / "queries", {"toys": Shop(["robot", "ball", "kite", "drum"], [
         Query(f"u{i}", [i % 4, (i + 1) % 4], (i + 2) % 4) for i in range(8)])})

@@ -80,7 +80,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "args", "fields"), [
-    ("checkpoints.py", ["RUN"], {"checkpoints", "broken", "incomplete", "put_aside", "pruned", "unsound"}),
+    ("checkpoints.py", ["RUN"],
+     {"checkpoints", "broken", "incomplete", "half_pruned", "put_aside", "pruned", "unsound"}),
     ("checkpoints.py", ["RUN", "--verify", "--prune", "--dry-run"], {"checkpoints", "pruned", "unsound"}),
     ("compare.py", ["RUN"], {"name", "parent", "step", "last_step", "valid_loss_by_corpus", "evaluations"}),
     ("peek.py", ["PACKED"], {"corpus", "n_tokens", "shards", "audit"}),

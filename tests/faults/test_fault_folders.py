@@ -144,7 +144,7 @@ def test_a_pruning_killed_while_a_branch_takes_its_lease_gives_the_parent_back(
     fork = ParentConfig(run_dir=str(run.run_dir), step=6, state_hash=file_hash(parent / "state.json.pruned"))
     (tmp_path / "branch").mkdir()
     (tmp_path / "branch/config.yaml").write_text(yaml.safe_dump(config | {"parent": fork.model_dump()}))
-    lease(run.run_dir, 6, tmp_path / "branch")
+    lease(run.run_dir, 6, run_dir=tmp_path / "branch")
     said = run.goes_on_to_the_end()
     assert f"kept {parent}, which was being pruned" in said
     kept = read_checkpoint(parent)  # its bytes are compared by `unharmed`

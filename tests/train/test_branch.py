@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -116,7 +117,8 @@ def test_newer_checkpoints_that_are_broken_or_half_written_are_named_when_the_ne
         assert find_checkpoint(f"{run}{at}").folder == six
         said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert len(said) == 2 and all(line.startswith(f"PASSED OVER for {six}: ") for line in said)
-        assert "step_00000008/state.json was altered" in said[0] and "step_00000010 has no state.json" in said[1]
+        assert "step_00000008/state.json was altered" in said[0]
+        assert "step_00000010 is no complete checkpoint: it has no state.json" in said[1]
     caplog.clear()
     assert find_checkpoint(f"{run}@6").folder == six and not caplog.records
     with pytest.raises(CheckpointError, match=r"step_00000008/state.json was altered"):
@@ -126,6 +128,19 @@ def test_newer_checkpoints_that_are_broken_or_half_written_are_named_when_the_ne
     shutil.rmtree(six)
     with pytest.raises(CheckpointError, match=r"(?s): none.*step_00000004.*step_00000008.*step_00000010"):
         find_checkpoint(str(run))
+
+
+def test_a_parent_that_is_half_pruned_says_to_start_its_run_once(
+        world: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan, run = plan_of({**world, "run_dir": str(tmp_path / "run")}), tmp_path / "run"
+    six, eight = (save(plan, step).folder for step in (6, 8))
+    (eight / "state.json").rename(eight / "state.json.pruned")
+    why = rf"step_00000008 is no complete checkpoint: it is being pruned now, or was .*start {run} once"
+    for source in (f"{run}@8", str(eight)):
+        with pytest.raises(CheckpointError, match=why):
+            find_checkpoint(source)
+    assert find_checkpoint(str(run)).folder == six and re.search(why, caplog.text)
+    assert "interrupted save" not in caplog.text
 
 
 def test_a_parent_whose_tokenizer_has_changed_is_refused(world: dict[str, Any], tmp_path: Path) -> None:
@@ -287,8 +302,8 @@ def test_a_branch_that_stands_elsewhere_is_found_by_its_lease(
         plan = plan_of(annealing_config(stable, Annealing(FOUR, run_dir=str(where))))
         claim_run_folder(where, plan)
     assert [m.folder for m in find_family([stable.run_dir])] == [stable.run_dir]
-    lease(stable.run_dir, 6, away / "branch")
-    lease(stable.run_dir, 6, away / "deeper/sweep", is_of_sweep=True)
+    lease(stable.run_dir, 6, run_dir=away / "branch")
+    lease(stable.run_dir, 6, run_dir=away / "deeper/sweep", is_of_sweep=True)
     assert [m.folder for m in find_family([stable.run_dir])] == [
         stable.run_dir, away / "branch", away / "deeper/sweep/sqrt-4"]
 

@@ -213,8 +213,8 @@ def test_the_parent_of_a_living_branch_is_never_pruned(tmp_path: Path, like: Pat
     folder = saved(run, 4, 6, 8)[0]
     parent = ParentConfig(run_dir=str(run), step=4, state_hash=read_checkpoint(folder).state_hash)
     living = branch(tmp_path / "branch", parent, like)
-    lease(run, 4, living)
-    lease(run, 4, tmp_path / "never began")
+    lease(run, 4, run_dir=living)
+    lease(run, 4, run_dir=tmp_path / "never began")
     assert living_branches(run) == {4: [str(living)]}
     assert prune(run, config) == ["step_00000006"]
     (living / "config.yaml").unlink()
@@ -226,7 +226,7 @@ def test_a_pruning_that_was_killed_is_undone_only_where_a_living_branch_needs_al
     run = tmp_path / "run"
     folders = saved(run, 2, 4, 6, 8)
     for folder in folders[:3]:
-        lease(run, read_checkpoint(folder).state.step, tmp_path / folder.name)
+        lease(run, read_checkpoint(folder).state.step, run_dir=tmp_path / folder.name)
     for folder in folders[:2]:  # 2: it lives, but a file of its parent is gone already; 4: all is there; 6: it is gone
         branch(tmp_path / folder.name, ParentConfig(run_dir=str(run), step=int(folder.name[5:]), state_hash="0"), like)
     for folder in folders[:3]:
@@ -247,8 +247,33 @@ def test_a_parent_that_cannot_be_given_back_is_an_error_that_every_rank_hears_of
     run = tmp_path / "run"
     folder = saved(run, 4, 8)[0]
     parent = ParentConfig(run_dir=str(run), step=4, state_hash=read_checkpoint(folder).state_hash)
-    lease(run, 4, branch(tmp_path / "branch", parent, like))
+    lease(run, 4, run_dir=branch(tmp_path / "branch", parent, like))
     (folder / "state.json").rename(folder / "state.json.pruned")
     (folder / "state.json").mkdir()  # no file can take this name
     with pytest.raises(CheckpointError, match=r"could not be given its state.json back: .*Is a directory"):
         give_back_parents(run)
+
+
+def test_a_half_pruned_checkpoint_is_listed_as_such_and_its_removal_told(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+    two, four, _ = saved(run, 2, 4, 8)
+    (two / "state.json").unlink()
+    (four / "state.json").rename(four / "state.json.pruned")
+    inventory = take_inventory(run, EVERYTHING)
+    assert (inventory.incomplete, inventory.half_pruned) == (["step_00000002"], ["step_00000004"])
+    assert "step_00000004: half pruned; when the run starts again, taken" in "\n".join(write_table(run, inventory))
+    newest_sound(run)
+    assert f"removed {two}: an interrupted save" in caplog.text
+    assert f"removed {four}: an interrupted pruning" in caplog.text
+
+
+def test_an_inventory_reads_each_state_once_so_that_no_save_comes_in_between(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    folders = saved(run, 4, 8)
+    read: list[Path] = []
+    as_it_was = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: read.append(path) or as_it_was(path, *a, **k))
+    take_inventory(run, EVERYTHING)
+    assert read == [folder / "state.json" for folder in folders]
