@@ -1,9 +1,9 @@
 """Parser of Amazon Reviews 2014, 2018 and 2023: reviews, ratings-only CSV, the 2023 benchmark's CSV; and metadata.
 
 reads: `path` (reviews as JSON lines, or CSV) and `items` (metadata as JSON lines or, 2014, Python literals), each a
-file, folder or glob; of several files at `path` those called `meta_*` are left to `items`, which of several takes only
-these where there are any. user = reviewerID or user_id, item = parent_asin or else asin, brand = brand or store,
-category = the category path or main_category.
+file, folder or glob; of several files at `path` those called `meta_*` are left to `items`, which leaves it its reviews.
+user = reviewerID or user_id, item = parent_asin or else asin, brand = brand or store, category = the category path or
+main_category.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ def inputs(dataset: Dataset) -> Inputs:
         raise DataError(f"dataset {dataset.path}: set `domain`, the shop's name")
     found = find(dataset.path, JSON + DELIMITED)
     reviews = [s for s in found if not _is_called_meta(s)] if len(found) > 1 else found
-    titled = find(dataset.items, JSON)
+    named = find(dataset.items, JSON)
+    read_already = {s.place for s in reviews}
+    titled = [s for s in named if _is_called_meta(s) or s.place not in read_already] or named
     return Inputs(events=tuple(Input(s, _events_reader(s, dataset)) for s in reviews),
-                  items=tuple(Input(s, _items_reader(s, dataset))
-                              for s in [s for s in titled if _is_called_meta(s)] or titled))
+                  items=tuple(Input(s, _items_reader(s, dataset)) for s in titled))
 
 
 def parse(dataset: Dataset, events: Table, items: Table, counts: Counts) -> tuple[Table, Table]:

@@ -78,6 +78,20 @@ def test_reviews_and_metadata_may_lie_in_one_folder_named_for_both(tmp_path: Pat
         parse(tmp_path, **values, items=str(raw / "r.jsonl"))
 
 
+def test_metadata_of_any_name_are_read_beside_those_called_meta(tmp_path: Path) -> None:
+    titles = tmp_path / "items"
+    titles.mkdir()
+    (tmp_path / "r.jsonl").write_text(json_lines(REVIEWS_2023))
+    (titles / "meta_r.jsonl").write_text(json_lines(META_2023[:1]))
+    (titles / "extra_titles.jsonl").write_text(json_lines(META_2023[1:]))
+    values = {"parser": "amazon", "domain": "d", "path": str(tmp_path / "r.jsonl"), "items": str(titles)}
+    _, items = parse(tmp_path, **values)
+    assert sorted(title for _, _, title, _, _ in items_of(items)) == ["Howard LC0008", "Yes"]
+    (titles / "r.jsonl").write_text(json_lines(REVIEWS_2023))  # not the file at `path`: no guess which is meant
+    with pytest.raises(DataError, match=r"items/r\.jsonl, given as `items`, holds reviews"):
+        parse(tmp_path, **values)
+
+
 CSV_2014 = "A1B2C3D4E5F6G,0000031852,4.0,1252800000\nA3B2C3D4E5F6G,B000000001,5.0,1252886400\n"
 CSV_2018 = "0000031852,A1B2C3D4E5F6G,4.0,1252800000\nB000000001,A3B2C3D4E5F6G,5.0,1252886400\n"
 CSV_2023 = "user_id,parent_asin,rating,timestamp,history\nA1B2C3D4E5F6G,0000031852,4.0,1252800000000,\n" \
