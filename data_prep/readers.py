@@ -7,6 +7,7 @@ but for lines that pyarrow refuses and for Python literals; either way the value
 from __future__ import annotations
 
 import ast
+import bisect
 import csv
 import io
 import json
@@ -35,9 +36,10 @@ HOPELESS_FROM = 1000
 """Lines after which a file is given up that is mostly malformed so far; it is another format than the config says."""
 LINE_LIMIT = 1 << 28
 """A longer line is no line."""
-MOST_INNER_LINES = 20
-"""A quoted value with more lines that could be rows (they have the delimiters of one) has swallowed them: its quote is
-not closed."""
+FEWEST_SWALLOWED = 3
+"""So many lines inside a quoted value, its first and last apart, show whether they are rows."""
+SHARE_SWALLOWED = 0.9
+"""Of the lines inside a quoted value: if so many have the delimiters of a row, it has swallowed rows."""
 SEPARATOR = "\x1f"
 """Stands for a delimiter of two characters, which pyarrow does not know."""
 
@@ -62,6 +64,7 @@ class Tally:
     n_lines: int = 0
     n_malformed: int = 0
     first_malformed: list[Malformed] = field(default_factory=list)
+    """Those with the smallest numbers, ascending."""
     n_repaired: int = 0
     """Texts with bytes that are no text in the file's encoding, or half a surrogate pair."""
     n_not_numbers: int = 0
@@ -80,11 +83,12 @@ class Tally:
         self.n_malformed += n
 
     def set_aside(self, line: int, text: str, why: str) -> None:
-        """Count a malformed line; the first few are kept."""
+        """Count a malformed line, told in any order; those that come first in the file are kept."""
         self.n_malformed += 1
-        if len(self.first_malformed) < N_QUOTED:
+        if len(self.first_malformed) < N_QUOTED or line < self.first_malformed[-1].line:
             cut = text if len(text) <= QUOTED_CHARS else text[:QUOTED_CHARS] + "..."
-            self.first_malformed.append(Malformed(line=line, text=cut, why=why))
+            bisect.insort(self.first_malformed, Malformed(line=line, text=cut, why=why), key=lambda m: m.line)
+            del self.first_malformed[N_QUOTED:]
 
 
 def schema_of(reader: Reader) -> pa.Schema:
@@ -139,7 +143,7 @@ def _delimited(file: Any, reader: Reader, label: str, tally: Tally) -> Iterator[
     if not head:
         return
 
-    refused: list[int] = []  # numbers of rows from 1, told ahead of their batches
+    refused: list[int] = []  # numbers of rows from 1, told ahead of their batches; none of a batch that is done
 
     def set_aside(row: pa.csv.InvalidRow) -> str:
         refused.append(row.number)
@@ -163,15 +167,16 @@ def _delimited(file: Any, reader: Reader, label: str, tally: Tally) -> Iterator[
         convert_options=pyarrow.csv.ConvertOptions(
             column_types=dict.fromkeys(looked_at, pa.binary()), include_columns=looked_at,
             strings_can_be_null=True, null_values=[""], quoted_strings_can_be_null=True))
-    n_before = 0  # rows of earlier batches
+    last_number = 0  # of the row before the batch
     for batch in batches:
         tally.n_lines += batch.num_rows
         swallowing = _swallowing(batch, reader.delimiter) if reader.quote else {}
         for place, (value, n_swallowed) in swallowing.items():
-            number = first_row + _number_of(n_before + place, refused)
+            number = first_row + _number_of(place, refused, after=last_number)
             tally.set_aside(number, value, f"a quoted value of {n_swallowed + 1:,} lines: is its quote closed?")
             tally.add_swallowed(n_swallowed)
-        n_before += batch.num_rows
+        last_number = _number_of(batch.num_rows - 1, refused, after=last_number)
+        del refused[:bisect.bisect(refused, last_number)]
         if swallowing:
             batch = batch.filter(pa.array(np.isin(np.arange(batch.num_rows), list(swallowing), invert=True)))
         yield _with_our_names(reader, {n: batch[n] for n in wanted}, tally)
@@ -180,27 +185,37 @@ def _delimited(file: Any, reader: Reader, label: str, tally: Tally) -> Iterator[
 
 def _swallowing(batch: pa.RecordBatch, delimiter: str) -> dict[int, tuple[str, int]]:
     """Rows (places in the batch, which has all columns) with a value that has swallowed others: the value, and how many
-    lines begin in it."""
+    lines begin in it.
+
+    The lines inside have the delimiters of a row each. The last, up to where the next quote closes the value, has at
+    least those before the value's own column, or what follows would make the row too long; at the file's end it is
+    empty. In fewer than three columns any text could be rows.
+    """
     found: dict[int, tuple[str, int]] = {}
-    for column in batch.columns:
+    n_delimiters = batch.num_columns - 1
+    for place_of_column, column in enumerate(batch.columns if n_delimiters > 1 else []):
         data = column.buffers()[2]
         if data is None or not (np.frombuffer(data, np.uint8) == ord("\n")).any():
             continue
-        n_inner = pc.fill_null(pc.count_substring(column, "\n"), 0).to_numpy(zero_copy_only=False)
-        for place in np.flatnonzero(n_inner > MOST_INNER_LINES).tolist():
+        n_ends, n_met = (pc.fill_null(pc.count_substring(column, text), 0).to_numpy(zero_copy_only=False)
+                         for text in ("\n", delimiter))
+        could_be = (n_ends > FEWEST_SWALLOWED) & (n_met >= SHARE_SWALLOWED * (n_ends - 1) * n_delimiters)
+        for place in np.flatnonzero(could_be).tolist():
             value = column[place].as_py()
-            inner = value.split(b"\n")[1:]
-            if sum(line.count(delimiter.encode()) >= batch.num_columns - 1 for line in inner) > MOST_INNER_LINES:
-                found[place] = (value.decode(errors="replace"), len(inner))
+            _, *inside, last = (line.count(delimiter.encode()) for line in value.split(b"\n"))
+            if (inside.count(n_delimiters) >= SHARE_SWALLOWED * len(inside)
+                    and (last >= place_of_column or value.endswith(b"\n"))):
+                found[place] = (value.decode(errors="replace"), value.removesuffix(b"\n").count(b"\n"))
     return found
 
 
-def _number_of(place: int, refused: Sequence[int]) -> int:
-    """The number, from 1, of the row that is `place` (from 0) among those not `refused` (numbers, ascending).
+def _number_of(place: int, refused: Sequence[int], *, after: int = 0) -> int:
+    """The number, from 1, of the row that is `place` (from 0) among those behind number `after` that are not `refused`
+    (numbers behind `after`, ascending).
 
     _number_of(2, [1, 4]) = 5: of the rows 1 to 5, 2, 3 and 5 are read.
     """
-    number = place + 1
+    number = after + place + 1
     for other in refused:
         if other > number:
             break

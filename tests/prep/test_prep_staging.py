@@ -182,9 +182,33 @@ def test_lines_that_an_open_quote_swallows_are_counted_each(tmp_path: Path) -> N
     with pytest.raises(DataError, match="100 lines read are malformed"):
         count_staged([staged(tmp_path, tmp_path / "a.csv", CSV)[1]], Counts("ingest"), max_malformed=0.05)
     (tmp_path / "b.csv").write_text("user,item,t,note\n" + "u,x,5,\n" * 90 + 'u,x,5,"x\n' + "u,x,5,\n" * 9)
-    counts = Counts("ingest")
-    count_staged([staged(tmp_path, tmp_path / "b.csv", CSV)[1]], counts, max_malformed=0.05)
-    assert counts.by_reason["b.csv: lines inside quoted values, or blank"] == 9
+    with pytest.raises(DataError, match="10 of 100 lines read are malformed"):
+        count_staged([staged(tmp_path, tmp_path / "b.csv", CSV)[1]], Counts("ingest"), max_malformed=0.05)
+
+
+def test_rows_that_a_quote_swallows_up_to_the_next_quoted_value_are_malformed(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("user,item,t,note\n" + 'u,x,5,"n\n' + "u,x,5,\n" * 15 + 'u,x,5,"fine"\n'
+                                    + "u,x,5,\n" * 900)
+    rows, stamp = staged(tmp_path, tmp_path / "a.csv", CSV)
+    assert len(rows) == 900 and (stamp.n_lines, stamp.n_malformed, stamp.n_inner_lines) == (917, 17, 0)
+
+
+def test_the_malformed_lines_that_are_quoted_are_the_first_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("user,item,t,note\n" + "u,x,5,\n" * 10_000 + 'u,x,5,"note\n' + "u,x,5,\n" * 50
+                                    + 'u,x,5,"\n' + "u,x\n" * 5 + "u,x,5,\n" * 10_000)
+    _, stamp = staged(tmp_path, tmp_path / "a.csv", CSV)  # short rows are told ahead of the rest of their block
+    assert stamp.n_malformed == 57
+    assert [m.line for m in stamp.first_malformed] == [10_002, 10_003, 10_004, 10_005, 10_006]
+
+
+def test_numbers_of_rows_count_those_that_were_refused_blocks_before(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = 'u,x,5,"note\n' + "u,x,5,\n" * 20 + 'u,x,5,"\n'
+    (tmp_path / "a.csv").write_text("user,item,t,note\n" + ("u,x,5,\n" * 99 + "u,x\n") * 3 + ("u,x,5,\n" * 99 + opened))
+    for piece in (256, 1 << 20):
+        monkeypatch.setattr(readers, "PIECE", piece)
+        _, stamp = staged(tmp_path / str(piece), tmp_path / "a.csv", CSV)
+        assert [m.line for m in stamp.first_malformed] == [101, 201, 301, 401]
 
 
 @pytest.mark.parametrize("column", ["t", "note"])  # one that is read, and one that is not
@@ -195,17 +219,31 @@ def test_rows_inside_a_quoted_value_stop_a_run_that_names_where_they_begin(tmp_p
                                     + "u,x,5,\n" * 9 + "u,x\n")
     rows, stamp = staged(tmp_path, tmp_path / "a.csv", CSV)
     assert len(rows) == 40_009 and (stamp.n_lines, stamp.n_malformed, stamp.n_inner_lines) == (40_063, 54, 0)
-    assert sorted(m.line for m in stamp.first_malformed) == [2, 40_003, 40_013]  # rows are numbered, not lines
+    assert [m.line for m in stamp.first_malformed] == [2, 40_003, 40_013]  # rows are numbered, not lines
     with pytest.raises(DataError, match=r"a\.csv: 54 of 40,063 lines.*malformed") as e:
         count_staged([stamp], Counts("ingest"), max_malformed=0.001)
     assert "line 40003: " in str(e.value) and "a quoted value of 52 lines: is its quote closed?" in str(e.value)
 
 
-def test_long_texts_of_many_lines_are_values_like_any_other(tmp_path: Path) -> None:
-    text = "It fits, it is light.\n" * 60
-    (tmp_path / "a.csv").write_text(f'user,item,t,note\nu,x,5,"{text}"\nu,"{text}",5,\n')
-    rows, stamp = staged(tmp_path, tmp_path / "a.csv", CSV)
-    assert [r["item_id"] for r in rows] == ["x", text] and (stamp.n_malformed, stamp.n_inner_lines) == (0, 120)
+@pytest.mark.parametrize(("header", "row"), [
+    ("user,item,t,note", 'u,x,5,"{}"'), ("user,item,t,note", 'u,"{}",5,'), ("item,note", 'x,"{}"'), ("note", '"{}"')])
+@pytest.mark.parametrize("line", ["It fits, it is light.\n", "Roses, red\n", "Plain\n"])
+def test_long_texts_of_many_lines_are_values_like_any_other(tmp_path: Path, header: str, row: str, line: str) -> None:
+    fields = tuple(Field(name=name, of=(name,)) for name in header.split(","))
+    text = line * 60
+    (tmp_path / "a.csv").write_text(f"{header}\n" + row.format(text) + "\n" + row.format("short") + "\n")
+    rows, stamp = staged(tmp_path, tmp_path / "a.csv", Reader(kind="delimited", fields=fields, quote='"'))
+    assert text in rows[0].values() and len(rows) == 2
+    assert (stamp.n_lines, stamp.n_malformed, stamp.n_inner_lines) == (2, 0, 60)
+
+
+@pytest.mark.parametrize("text", [
+    "One, two, three.\n" * 2 + "Four.",  # too few lines to tell
+    "One, two, three.\n" * 30 + "Four, five."])  # the rest of a row closed there would be a fourth column
+def test_texts_whose_lines_look_like_rows_are_values_where_no_row_could_go_on(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_text(f'user,item,note\nu,x,"{text}"\nu,x,short\n')
+    rows, stamp = staged(tmp_path, tmp_path / "a.csv", Reader(kind="delimited", fields=FIELDS[:2], quote='"'))
+    assert len(rows) == 2 and stamp.n_malformed == 0
 
 
 def test_a_delimiter_of_two_characters_and_text_that_is_latin_1(
