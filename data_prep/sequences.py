@@ -90,7 +90,9 @@ def write_histories(engine: Engine, layout: Layout, settings: SequenceSettings, 
             raise DataError(f"domain {domain!r} has no training history of {settings.min_items} or more items; take it "
                             f"out of domains.pretrain, lower sequences.min_items or move the clock (see report.md)")
         if n_histories == 0:
-            log.warning("corpus %s has no history of %d or more items and is left out", corpus, settings.min_items)
+            of_domains = f" and {min_domains} or more domains (sequences.mixed_min_domains)" if min_domains > 1 else ""
+            log.warning("corpus %s has no history of %d or more items%s and is left out", corpus, settings.min_items,
+                        of_domains)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,19 @@ def test_a_window_of_a_mixed_history_needs_its_domains_too_and_what_it_loses_is_
         "mixed: events in histories of fewer than 3 items, dropped": 2}
 
 
+def test_a_corpus_that_is_left_out_names_every_setting_that_may_empty_it(
+        layout: Layout, caplog: pytest.LogCaptureFixture) -> None:
+    made = run_split(layout, SplitSettings(), "overlap")
+    engine = shops.engine(layout.out)
+    write_catalogue(engine, layout, template=TEMPLATES["cprec"], split=made, counts=Counts("sequences"))
+    settings = SequenceSettings(min_items=2, max_items=3, mixed_min_domains=3)  # nobody is in three
+    write_histories(engine, layout, settings, corpora=CORPORA, split=made, counts=Counts("sequences"))
+    engine.close()
+    assert ("corpus mixed has no history of 2 or more items and 3 or more domains (sequences.mixed_min_domains) and is "
+            "left out") in caplog.messages
+    assert "corpus valid/garden has no history of 2 or more items and is left out" in caplog.messages
+
+
 @pytest.mark.parametrize(("min_items", "max_items"), [(1, 7), (2, 7), (4, 7), (1, 1)])
 def test_windows_lose_nothing_keep_the_order_and_differ_by_at_most_one(
         tmp_path: Path, min_items: int, max_items: int) -> None:
