@@ -208,10 +208,10 @@ def _refuse_other_queries(models: Mapping[str, Sequence[Evaluation]]) -> None:
         for field in ASKED:
             _refuse(every[0], other, field)
     for name, seeds in models.items():
-        _refuse_one_seed_twice(name, seeds)
         for other in seeds[1:]:
             for field in ("control", "scoring", "rank_up_to", "top_k", "dtype"):
                 _refuse(seeds[0], other, field)
+        _refuse_one_seed_twice(name, seeds)
     longest = max(models.values(), key=len)
     for seeds in models.values():
         if len(seeds) not in (1, len(longest)):
