@@ -47,7 +47,6 @@ def main() -> None:
         parser.error("--rank and --world-size belong to --step")
     if args.json and (args.verify, args.row, args.lengths, args.step) != (False, None, False, None):
         parser.error("--json shows manifests; it goes with no other of these")
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     if args.step is not None:
         show(show_step(args.packed, args.step, rank=args.rank, world_size=args.world_size))
     elif args.json:
@@ -80,4 +79,5 @@ def show(lines: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     cli.run(main)
