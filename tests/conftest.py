@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,15 @@ def own_extensions(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What deepspeed compiles goes to a folder of this session: a process killed while compiling leaves a lock in the
     common one, at which every later start would wait for ever."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("extensions"))
+
+
+@pytest.fixture(autouse=True)
+def own_process() -> Iterator[None]:
+    """No test leaves behind what others would fail at: a broken pipe that ends the process, a rendezvous whose port
+    is taken."""
+    before = signal.getsignal(signal.SIGPIPE), os.environ.get("MASTER_PORT")
+    yield
+    assert (signal.getsignal(signal.SIGPIPE), os.environ.get("MASTER_PORT")) == before
 
 
 @pytest.fixture(scope="session")
