@@ -36,7 +36,7 @@ from experiments.steps import REPO, recorded
 CLAIMS = {1: "Continual pre-training helps", 2: "All domains help", 3: "Warmup-Stable-Annealing helps",
           4: "It scales", 5: "Plain text is not forgotten"}
 TEXT = "replay/held_out"
-DIGITS = {"NDCG@10": ".4f", "HR@10": ".4f", "NLL": ".1f"}
+DIGITS = {"NDCG@10": "z.4f", "HR@10": "z.4f", "NLL": "z.1f"}  # z: no -0.0
 SHOWN = tuple(DIGITS)
 BY_DOMAIN_DIGITS = {"NDCG@10": ".4f", "NLL": ".1f", "bits/byte": ".2f"}
 BY_DOMAIN = {"zero_shot", "corpora", "schedules", "domains", "forgetting"}
